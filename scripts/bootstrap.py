@@ -108,11 +108,19 @@ def find_torch(*where):
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         wanted = "torch>={}.{}".format(*MIN_TORCH)
-        if not pip("install", "--dry-run", "--no-deps", "--report", str(report), *where, wanted, may_fail=True):
+        if not pip(
+            "install",
+            "--dry-run",
+            "--no-deps",
+            "--force-reinstall",
+            "--report",
+            str(report),
+            *where,
+            wanted,
+            may_fail=True,
+        ):
             return None
         found = json.loads(report.read_text())["install"]
-    if not found:
-        return None
     version, url = found[0]["metadata"]["version"], found[0]["download_info"]["url"]
     only_cpu_builds = sys.platform == "darwin"
     return version if only_cpu_builds or "+cpu" in version or "/whl/cpu" in url else None
@@ -127,8 +135,9 @@ def install_torch():
         if version is None:
             continue
         say(f"installing torch {version} from {name}")
-        # Its dependencies come with epops below, from the ordinary index.
-        pip("install", "--no-deps", *where, "torch==" + version, quiet=not sys.stdout.isatty())
+        pip("install", "--no-deps", "--force-reinstall", *where, "torch==" + version, quiet=not sys.stdout.isatty())
+        # torch itself is there now, so this brings what it depends on, from the ordinary index.
+        pip("install", "torch==" + version)
         if shutil.which("nvidia-smi"):
             say(
                 "there is a GPU here, but this torch is for CPUs; to use the GPU: make clean, and start "
@@ -171,6 +180,8 @@ def main():
         make_venv()
     if torch_of(venv_python()) is None:
         install_torch()
+        if torch_of(venv_python()) is None:
+            stop("torch was installed but cannot be imported; see: .venv/bin/python -c 'import torch'")
     install_epops(sys.argv[1] if len(sys.argv) > 1 else "")
     check_compiler()
 
