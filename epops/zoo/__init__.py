@@ -1,0 +1,7 @@
+"""Tiny instances of transformers' MoE families, for tests, the demo and ``make models``."""
+
+from .build import config, model_class, tiny
+from .inputs import inputs, loss_of, output_of
+from .scan import families
+
+__all__ = ["config", "families", "inputs", "loss_of", "model_class", "output_of", "tiny"]

@@ -1,0 +1,103 @@
+"""A model of a family, small enough for a test, with random weights that leave nothing at zero."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from . import scan
+from .tweaks import FAMILIES, GROUPED, TINY
+
+CLASS_ENDINGS = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification")
+"""In order of preference: the text part of a multimodal family where it stands alone, since its experts are there."""
+
+
+def model_class(family: str) -> type:
+    """The class that a tiny instance of the family has."""
+    module = scan.modeling(family)
+    named = FAMILIES.get(family, {}).get("class")
+    if named:
+        return getattr(module, named)
+    for ending in CLASS_ENDINGS:
+        names = [
+            n
+            for n, c in vars(module).items()
+            if n.endswith(ending) and isinstance(c, type) and c.__module__ == module.__name__
+        ]
+        if names:
+            return getattr(module, names[0])
+    raise ValueError(f"epops.zoo: {module.__name__} has no class that ends in {', '.join(CLASS_ENDINGS)}")
+
+
+def _layers(fields: dict[str, Any]) -> dict[str, Any]:
+    """Two layers at least, one of each kind of attention that the family mixes, experts in all of them."""
+    kinds = list(dict.fromkeys(fields.get("layer_types") or ()))
+    values: dict[str, Any] = {}
+    num_layers = max(2, len(kinds))
+    if len(kinds) > 1:
+        values = {"layer_types": kinds, "num_hidden_layers": num_layers}
+    if fields.get("mlp_layer_types"):
+        values["mlp_layer_types"] = ["sparse"] * num_layers
+    return values
+
+
+def _shrink(config_class: Any, tweaks: dict[str, Any]) -> Any:
+    """A configuration of ``config_class`` with tiny sizes, its sub-configurations too."""
+    fields = config_class().to_dict()
+    values = {name: value for name, value in TINY.items() if name in fields}
+    values.update(_layers(fields))
+    if max(fields.get("n_group") or 1, fields.get("num_expert_group") or 1) > 1:
+        values.update({name: value for name, value in GROUPED.items() if name in fields})
+    if "kv_lora_rank" in fields:  # latent attention: no grouped queries, head sizes in parts
+        values["num_key_value_heads"] = values["num_attention_heads"]
+        values.pop("head_dim", None)
+    for name, sub in config_class.sub_configs.items():
+        if hasattr(sub, "sub_configs") and fields.get(name) is not None:
+            values[name] = _shrink(sub, tweaks.get(name, {}))
+        elif name in tweaks:  # a configuration that transformers looks up by its model type
+            values[name] = tweaks[name]
+    values.update({name: value for name, value in tweaks.items() if name not in config_class.sub_configs})
+    return config_class(**values)
+
+
+def config(family: str, **overrides: Any) -> Any:
+    """The tiny configuration of a family; ``overrides`` are fields of the (text) configuration."""
+    cls = model_class(family)
+    tweaks = dict(FAMILIES.get(family, {}).get("config", {}))
+    tweaks.update(overrides)
+    return _shrink(cls.config_class, tweaks)
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Fill weights so that every term counts: matrices scaled by their size, vectors moved off their start value.
+
+    Norm weights start at one or at zero and biases at zero; a model left like that hides a forgotten bias.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(like: torch.Tensor, std: float) -> torch.Tensor:
+        return (torch.randn(like.shape, generator=generator) * std).to(like.dtype)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and not re.search(r"bias|norm|A_log|scale", name):
+                parameter.copy_(noise(parameter, max(parameter.shape[-2:]) ** -0.5))
+            else:
+                parameter.add_(noise(parameter, 0.1))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.add_(noise(buffer, 0.05))
+            elif name.endswith("tid2eid"):
+                rows = torch.rand(buffer.shape[0], model.config.n_routed_experts, generator=generator)
+                buffer.copy_(rows.argsort(dim=-1)[:, : buffer.shape[1]])
+
+
+def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A tiny instance of ``family`` in eval mode; the same seed gives the same weights on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(family)._from_config(config(family, **overrides), dtype=dtype)
+    randomize(model, seed)
+    return model.eval()
