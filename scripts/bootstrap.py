@@ -165,6 +165,13 @@ def install_epops(extras):
         pip("install", "--no-build-isolation", "-c", str(constraints), "-e", target)
 
 
+def install_tools():
+    """Tools that pip found in the Python below .venv have no command in .venv/bin: give them one."""
+    missing = [name for name in ("ruff", "mypy", "clang-format") if not (VENV / "bin" / name).exists()]
+    if missing:
+        pip("install", "--ignore-installed", "--no-deps", *missing)
+
+
 def check_compiler():
     """torch.compile writes C++ on CPUs: say now what it would say later."""
     if not any(shutil.which(name) for name in [os.environ.get("CXX", ""), "c++", "g++", "clang++"] if name):
@@ -182,7 +189,10 @@ def main():
         install_torch()
         if torch_of(venv_python()) is None:
             stop("torch was installed but cannot be imported; see: .venv/bin/python -c 'import torch'")
-    install_epops(sys.argv[1] if len(sys.argv) > 1 else "")
+    extras = sys.argv[1] if len(sys.argv) > 1 else ""
+    install_epops(extras)
+    if "dev" in extras.split(","):
+        install_tools()
     check_compiler()
 
 
