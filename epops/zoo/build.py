@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import scan
-from .tweaks import FAMILIES, GROUPED, TINY
+from .tweaks import FAMILIES, GROUPED, MAIN, SIZES
 
 CLASS_ENDINGS = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification")
 """In order of preference: the text part of a multimodal family where it stands alone, since its experts are there."""
@@ -31,23 +31,23 @@ def model_class(family: str) -> type:
     raise ValueError(f"epops.zoo: {module.__name__} has no class that ends in {', '.join(CLASS_ENDINGS)}")
 
 
-def _layers(fields: dict[str, Any]) -> dict[str, Any]:
-    """Two layers at least, one of each kind of attention that the family mixes, experts in all of them."""
+def _layers(fields: dict[str, Any], least: int) -> dict[str, Any]:
+    """``least`` layers at least, kinds of attention that the family mixes in turn, experts in all of them."""
     kinds = list(dict.fromkeys(fields.get("layer_types") or ()))
+    num_layers = max(least, len(kinds))
     values: dict[str, Any] = {}
-    num_layers = max(2, len(kinds))
     if len(kinds) > 1:
-        values = {"layer_types": kinds, "num_hidden_layers": num_layers}
+        values = {"layer_types": (kinds * num_layers)[:num_layers], "num_hidden_layers": num_layers}
     if fields.get("mlp_layer_types"):
         values["mlp_layer_types"] = ["sparse"] * num_layers
     return values
 
 
-def _shrink(config_class: Any, tweaks: dict[str, Any]) -> Any:
-    """A configuration of ``config_class`` with tiny sizes, its sub-configurations too."""
+def _shrink(config_class: Any, sizes: dict[str, Any], tweaks: dict[str, Any]) -> Any:
+    """A configuration of ``config_class`` with small sizes, its sub-configurations too."""
     fields = config_class().to_dict()
-    values = {name: value for name, value in TINY.items() if name in fields}
-    values.update(_layers(fields))
+    values = {name: value for name, value in sizes.items() if name in fields}
+    values.update(_layers(fields, sizes["num_hidden_layers"]))
     if max(fields.get("n_group") or 1, fields.get("num_expert_group") or 1) > 1:
         values.update({name: value for name, value in GROUPED.items() if name in fields})
     if "kv_lora_rank" in fields:  # latent attention: no grouped queries, head sizes in parts
@@ -55,19 +55,26 @@ def _shrink(config_class: Any, tweaks: dict[str, Any]) -> Any:
         values.pop("head_dim", None)
     for name, sub in config_class.sub_configs.items():
         if hasattr(sub, "sub_configs") and fields.get(name) is not None:
-            values[name] = _shrink(sub, tweaks.get(name, {}))
+            values[name] = _shrink(sub, sizes, tweaks.get(name, {}))
         elif name in tweaks:  # a configuration that transformers looks up by its model type
             values[name] = tweaks[name]
     values.update({name: value for name, value in tweaks.items() if name not in config_class.sub_configs})
     return config_class(**values)
 
 
-def config(family: str, **overrides: Any) -> Any:
-    """The tiny configuration of a family; ``overrides`` are fields of the (text) configuration."""
+def configuration(family: str, size: str = "tiny", **overrides: Any) -> Any:
+    """The configuration of a family; ``overrides`` are fields of it (of the text part, where a model has several)."""
+    if size not in SIZES or (size != "tiny" and family not in MAIN):
+        raise ValueError(
+            f"epops.zoo: config: got {size!r} for {family}; every family has 'tiny', and {', '.join(MAIN)} have 'small'"
+        )
     cls = model_class(family)
     tweaks = dict(FAMILIES.get(family, {}).get("config", {}))
-    tweaks.update(overrides)
-    return _shrink(cls.config_class, tweaks)
+    if "text_config" in cls.config_class.sub_configs:
+        tweaks["text_config"] = {**tweaks.get("text_config", {}), **overrides}
+    else:
+        tweaks.update(overrides)
+    return _shrink(cls.config_class, SIZES[size], tweaks)
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
@@ -89,15 +96,22 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.add_(noise(buffer, 0.05))
-            elif name.endswith("tid2eid"):
-                rows = torch.rand(buffer.shape[0], model.config.n_routed_experts, generator=generator)
-                buffer.copy_(rows.argsort(dim=-1)[:, : buffer.shape[1]])
+            elif name.endswith("tid2eid"):  # the experts of a token id, each once
+                order = torch.rand(buffer.shape[0], model.config.n_routed_experts, generator=generator).argsort(dim=-1)
+                buffer.copy_(order[:, : buffer.shape[1]])
 
 
-def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A tiny instance of ``family`` in eval mode; the same seed gives the same weights on every rank."""
+def tiny(
+    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *, config: str = "tiny", **overrides: Any
+) -> Any:
+    """An instance of ``family`` in eval mode; the same seed gives the same weights on every rank.
+
+    ``config="small"`` (the five of `MAIN`): a model over bytes that learns in minutes on two cores, initialized as
+    transformers initializes it; ``"tiny"``: the smallest that has all parts, its weights drawn by `randomize`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(family)._from_config(config(family, **overrides), dtype=dtype)
-    randomize(model, seed)
+        model = model_class(family)._from_config(configuration(family, config, **overrides), dtype=dtype)
+    if config == "tiny":
+        randomize(model, seed)
     return model.eval()

@@ -111,6 +111,40 @@ TINY: dict[str, Any] = {
 }
 """Field → value, for every configuration that has the field.  Fields that a configuration lacks are left out."""
 
+BYTES = 259
+"""Vocabulary of the small configurations: 256 bytes, then bos, eos and pad."""
+
+SMALL: dict[str, Any] = {
+    **TINY,
+    "vocab_size": BYTES,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "sliding_window": 64,
+    "max_position_embeddings": 512,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+"""Like `TINY`, for models that learn bytes in minutes on two cores."""
+
+MAIN: tuple[str, ...] = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe")
+"""Families that have a small configuration too, and that CI checks."""
+
+SIZES: dict[str, dict[str, Any]] = {"tiny": TINY, "small": SMALL}
+
 GROUPED: dict[str, Any] = {"n_group": 2, "num_expert_group": 2, "topk_group": 1}
 """For families whose router picks groups of experts before it picks experts."""
 
@@ -220,6 +254,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "vision_config": {"out_hidden_size": 32, "image_size": 28, "projection_intermediate_size": 48},
         }
     },
+    "gpt_oss": {"config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}},
     "granitemoehybrid": {"config": {"layer_types": ["linear_attention", "full_attention"]}},
     "jamba": {
         "config": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0}
@@ -266,9 +301,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "decoder_sparse_step": 1,
         }
     },
+    # in eval mode a threshold and no noise; at zero the router's gradient would vanish
+    "phimoe": {"config": {"router_jitter_noise": 0.2}},
     "qwen3_omni_moe": {
         "class": "Qwen3OmniMoeThinkerForConditionalGeneration",
         "config": {
+            "vision_start_token_id": 126,
             "audio_config": {
                 "encoder_layers": 1,
                 "encoder_attention_heads": 4,
@@ -326,3 +364,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Family → ``class`` (where the automatic choice is wrong) and ``config`` (fields beyond `TINY`; a sub-configuration's
 fields under its name)."""
+
+EVAL_GRADIENTS = frozenset({"phimoe"})
+"""Families whose router draws random numbers in train mode: their gradients are compared in eval mode."""
+
+NO_GENERATE: dict[str, str] = {
+    "openai_privacy_filter": "a token classifier, it does not generate",
+}
+"""Families without ``generate``, and why."""
+
+GENERATE: dict[str, dict[str, Any]] = {
+    "diffusion_gemma": {"max_new_tokens": 4, "max_denoising_steps": 3, "cache_implementation": None},
+}
+"""Keyword arguments of ``generate`` that differ from those of the other families."""
