@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,25 +73,32 @@ def ip(*arguments: str) -> None:
 
 def torchrun(hosts: tuple[Host, Host], *command: str, ranks_per_host: int = 1, timeout: float = 300.0) -> list[str]:
     """Run ``torchrun --nnodes 2 … command`` on both hosts; what each printed.  Raises with both outputs if one fails."""
-    processes = []
-    for number, host in enumerate(hosts):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={ranks_per_host}"]
-        place = [f"--node-rank={number}", f"--master-addr={hosts[0].address}", "--master-port=29571"]
-        env = {**os.environ, "GLOO_SOCKET_IFNAME": host.interface, "PYTHONPATH": str(ROOT)}
-        processes.append(
-            subprocess.Popen(
-                ["ip", "netns", "exec", host.namespace, *launcher, *place, *command],
-                env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            )
-        )  # fmt: skip
-    outputs = []
-    try:
-        for process in processes:
-            outputs.append(process.communicate(timeout=timeout)[0])
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, 9)
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={ranks_per_host}"]
+    place = [f"--master-addr={hosts[0].address}", "--master-port=29571"]
+    processes = [
+        start(host, [*launcher, f"--node-rank={number}", *place, *command]) for number, host in enumerate(hosts)
+    ]
+    return finish(hosts, processes, timeout)
+
+
+def start(host: Host, arguments: list[str], **settings: str) -> subprocess.Popen[str]:
+    """``python arguments`` on a host, its output kept for `finish`."""
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": host.interface, "PYTHONPATH": str(ROOT), **settings}
+    command = ["ip", "netns", "exec", host.namespace, sys.executable, *arguments]
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, start_new_session=True, **out)
+
+
+def finish(hosts: tuple[Host, Host], processes: list[subprocess.Popen[str]], timeout: float) -> list[str]:
+    """What each process printed; none outlives this call, and one that failed or did not end raises with both outputs."""
+    outputs: list[str] = []
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0])
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            outputs.append(process.communicate()[0] + f"\nkilled: it had not ended after {timeout:g} s")
     if any(process.returncode for process in processes):
         raise AssertionError("\n".join(f"--- {host}:\n{text}" for host, text in zip(hosts, outputs)))
     return outputs

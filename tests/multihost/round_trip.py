@@ -14,7 +14,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     num_experts, top_k, tokens = 2 * size + 1, 2, 3 + 2 * rank
-    with epops.ExpertGroup(dist.group.WORLD, "ep", num_experts=num_experts, max_tokens=8) as group:
+    with epops.ExpertGroup(dist.group.WORLD, "ep", num_experts=num_experts, max_tokens=16) as group:
         generator = torch.Generator().manual_seed(rank)
         x = torch.randint(-4, 5, (tokens, 16), generator=generator).float().requires_grad_()
         chosen = torch.rand(tokens, num_experts, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
