@@ -36,23 +36,28 @@ class Case(NamedTuple):
         return inputs(self.family, self.ref, batch=1 + rank % 2, seqlen=5 + 3 * rank, seed=rank)
 
 
-@contextlib.contextmanager
-def case(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Iterator[Case]:
-    """The two models of a check on this rank, and the group closed after it."""
+def group() -> Any:
+    """The process's group, made at first use: checks follow one another in the same ranks."""
+    import epops
+
+    try:
+        return epops.get_group("zoo")
+    except epops.GroupError:
+        return epops.ExpertGroup(dist.group.WORLD, name="zoo", max_tokens=MAX_TOKENS)
+
+
+def case(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Case:
+    """The two models of a check on this rank."""
     import epops
 
     torch.compiler.reset()
     torch.manual_seed(0)
+    ranks = group()
     ref = tiny(family, dtype=dtype, **overrides)
-    model = tiny(family, dtype=dtype, **overrides)
-    group = epops.ExpertGroup(dist.group.WORLD, name="ep", max_tokens=MAX_TOKENS)
-    with group:
-        epops.parallelize(model, group)
-        sizes = [sum(p.numel() for p in m.parameters()) for m in (ref, model)]
-        assert group.size == 1 or sizes[1] < sizes[0], (
-            f"{family}: nothing was sharded, {sizes[1]} elements of {sizes[0]}"
-        )
-        yield Case(family, ref, model, group.rank, group.size)
+    model = epops.parallelize(tiny(family, dtype=dtype, **overrides), ranks)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (ref, model)]
+    assert ranks.size == 1 or sizes[1] < sizes[0], f"{family}: nothing was sharded, {sizes[1]} elements of {sizes[0]}"
+    return Case(family, ref, model, ranks.rank, ranks.size)
 
 
 def difference(value: Tensor, reference: Tensor) -> float:
@@ -76,7 +81,8 @@ def forward(
     family: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False, fullgraph: bool = True, **overrides: Any
 ) -> dict[str, Any]:
     """Outputs of the sharded model against the one-process model, each rank on its own batch."""
-    with case(family, dtype, **overrides) as c, torch.no_grad():
+    c = case(family, dtype, **overrides)
+    with torch.no_grad():
         batch = c.batch(c.rank)
         with record_routing(c.ref) as routing:
             expected = output_of(c.ref(**batch))
@@ -89,35 +95,35 @@ def gradients(
     family: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False, fullgraph: bool = True, **overrides: Any
 ) -> dict[str, Any]:
     """Outputs and all gradients of a training step against the one-process model on all ranks' batches."""
-    with case(family, dtype, **overrides) as c:
-        if family not in EVAL_GRADIENTS:
-            c.ref.train()
-            c.model.train()
-        total: dict[str, Tensor] = {}
-        routing: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for rank in range(c.ranks):
-            with record_routing(c.ref) as heard:
-                answer = c.ref(**c.batch(rank))
-            if rank == c.rank:
-                expected, routing = output_of(answer).detach(), heard
-            c.ref.zero_grad()
-            loss_of(answer).backward()
-            for name, parameter in c.ref.named_parameters():
-                if parameter.grad is not None:
-                    total[name] = total.get(name, 0) + parameter.grad.float() / c.ranks
-        with replay_routing(c.model, routing if dtype != torch.float32 else {}):
-            answer = _compiled(c.model, compiled, fullgraph)(**c.batch(c.rank))
+    c = case(family, dtype, **overrides)
+    if family not in EVAL_GRADIENTS:
+        c.ref.train()
+        c.model.train()
+    total: dict[str, Tensor] = {}
+    routing: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for rank in range(c.ranks):
+        with record_routing(c.ref) as heard:
+            answer = c.ref(**c.batch(rank))
+        if rank == c.rank:
+            expected, routing = output_of(answer).detach(), heard
+        c.ref.zero_grad()
         loss_of(answer).backward()
-        got = full_gradients(c.model, c.ranks)
-        _require_all(set(got), set(total))
-        largest = max(g.abs().max().item() for g in total.values())
-        worst, name = max((_gradient_difference(got[n], g, largest), n) for n, g in total.items() if n in got)
-        return {
-            "error": difference(output_of(answer), expected),
-            "gradient_error": worst,
-            "worst": name,
-            "breaks": graph_breaks(),
-        }
+        for name, parameter in c.ref.named_parameters():
+            if parameter.grad is not None:
+                total[name] = total.get(name, 0) + parameter.grad.float() / c.ranks
+    with replay_routing(c.model, routing if dtype != torch.float32 else {}):
+        answer = _compiled(c.model, compiled, fullgraph)(**c.batch(c.rank))
+    loss_of(answer).backward()
+    got = full_gradients(c.model, c.ranks)
+    _require_all(set(got), set(total))
+    largest = max(g.abs().max().item() for g in total.values())
+    worst, name = max((_gradient_difference(got[n], g, largest), n) for n, g in total.items() if n in got)
+    return {
+        "error": difference(output_of(answer), expected),
+        "gradient_error": worst,
+        "worst": name,
+        "breaks": graph_breaks(),
+    }
 
 
 def generate(family: str, *, compiled: bool = False, max_new_tokens: int = 6, **overrides: Any) -> dict[str, Any]:
@@ -126,15 +132,17 @@ def generate(family: str, *, compiled: bool = False, max_new_tokens: int = 6, **
     Prompts differ in length from rank to rank and generations end at different steps: rank 0 ends at the token that it
     would give second.
     """
-    with case(family, **overrides) as c, torch.no_grad():
+    c = case(family, **overrides)
+    with torch.no_grad():
         prompt = c.batch(c.rank)["input_ids"][:1]
         settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
         settings |= GENERATE.get(family, {})
         cache = _cache(c.ref, prompt, settings)
         settings["cache_implementation"] = cache
         first = _tokens(c.ref, prompt, settings)
-        if c.rank == 0 and first.shape[1] - prompt.shape[1] > 2:
-            settings["eos_token_id"] = first[0, prompt.shape[1] + 1].item()
+        start = 1 if c.ref.config.is_encoder_decoder else prompt.shape[1]
+        if c.rank == 0 and first.shape[1] > start + 2:
+            settings["eos_token_id"] = first[0, start + 1].item()
         expected = _tokens(c.ref, prompt, settings)
         if compiled:
             settings["compile_config"] = CompileConfig(backend="epops", fullgraph=True)
