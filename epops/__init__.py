@@ -1,0 +1,95 @@
+"""Expert parallelism that torch.compile can see: dispatch, combine and a ragged all-to-all as functional torch ops."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .errors import DisagreementError, EpopsError, GroupError, PeerError, RoutingError
+from .group import ExpertGroup, check_all, get_group
+from .ops.all_to_all import (
+    AllToAllResult,
+    Plan,
+    all_to_all,
+    all_to_all_start,
+    all_to_all_wait,
+    plan_all_to_all,
+)
+from .ops.combine import CombineResult, combine, combine_start, combine_wait
+from .ops.dispatch import (
+    DispatchResult,
+    dispatch,
+    dispatch_quant,
+    dispatch_quant_start,
+    dispatch_quant_wait,
+    dispatch_start,
+    dispatch_wait,
+)
+from .ops.seam import all_reduce, gather_tokens, grouped_mm
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "backend": "epops.backend",
+    "PASSES": "epops.passes",
+    "save_exchanges": "epops.checkpoint",
+    "parallelize": "epops.models",
+    "expert_parameters": "epops.models",
+    "register_adapter": "epops.models",
+    "clip_grad_norm_": "epops.models",
+    "join": "epops.models",
+    "inspect": "epops.inspect",
+    "quantize": "epops.quantize",
+}
+"""Names whose modules are imported on first use, so that ``import epops`` stays light."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'epops' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    value = module if name == "backend" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+__all__ = [
+    "AllToAllResult",
+    "CombineResult",
+    "DisagreementError",
+    "DispatchResult",
+    "EpopsError",
+    "ExpertGroup",
+    "GroupError",
+    "PASSES",
+    "PeerError",
+    "Plan",
+    "RoutingError",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_start",
+    "all_to_all_wait",
+    "backend",
+    "check_all",
+    "clip_grad_norm_",
+    "combine",
+    "combine_start",
+    "combine_wait",
+    "dispatch",
+    "dispatch_quant",
+    "dispatch_quant_start",
+    "dispatch_quant_wait",
+    "dispatch_start",
+    "dispatch_wait",
+    "expert_parameters",
+    "gather_tokens",
+    "get_group",
+    "grouped_mm",
+    "inspect",
+    "join",
+    "parallelize",
+    "plan_all_to_all",
+    "quantize",
+    "register_adapter",
+    "save_exchanges",
+]

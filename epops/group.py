@@ -1,0 +1,503 @@
+"""`ExpertGroup`: what outlives a call, found by name. One of its users is every op, which gets the name as a str."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from . import layout as words
+from .errors import DisagreementError, EpopsError, GroupError, PeerError, RoutingError
+from .torch_private import is_capturing, private_backend, private_store
+from .transport import CaptureTransport, GlooTransport, NcclTransport
+
+_registry: dict[str, ExpertGroup] = {}
+_registry_lock = threading.RLock()
+
+
+class Settings(NamedTuple):
+    """The facts of a group that graphs are built from: equal on every rank and from run to run."""
+
+    name: str
+    size: int
+    max_tokens: int
+    num_experts: int
+    num_slots: int
+    alignment: int
+
+
+class ExpertGroup:
+    """Ranks that share the experts of MoE layers, with their transport, expert map, mask and error state.
+
+    Created collectively by every rank, before any compile or capture; closed explicitly or by a ``with`` statement.
+
+    Args:
+        ranks: the ``ProcessGroup`` or one-dimensional ``DeviceMesh`` of the experts; None is the default group, or this
+            process alone when torch.distributed is not initialized.
+        name: what ops and graphs call the group by; the same on every rank and from run to run.
+        max_tokens: M, a bound on the tokens that any rank sends in one call.
+        num_experts, num_slots: E and L for calls that name none; a call may give its own (layers may differ).
+        alignment: rows to whose multiple each expert's rows are aligned; default 1 on CPU, 16 on CUDA.
+        timeout: seconds that a rank waits for another in one exchange.
+        transport: "auto" or "c10d" (gloo for CPU tensors, nccl for CUDA tensors), or "nvlink".
+        overflow: "raise" reports dropped rows (a ``capacity`` below the worst case) as an error; "count" only counts them.
+        device: "cpu" or "cuda"; default: CUDA when the process group has nccl, else CPU.
+
+    Raises:
+        GroupError: inside a CUDA graph capture, or when the name is taken.
+        DisagreementError: when the ranks gave different settings; on every rank.
+    """
+
+    def __init__(
+        self,
+        ranks: Any = None,
+        name: str = "ep",
+        *,
+        max_tokens: int = 1024,
+        num_experts: int | None = None,
+        num_slots: int | None = None,
+        alignment: int | None = None,
+        timeout: float = 30.0,
+        transport: str = "auto",
+        overflow: str = "raise",
+        device: str | torch.device | None = None,
+    ) -> None:
+        if is_capturing():
+            raise GroupError(f"epops.ExpertGroup: {name!r} cannot be created inside a CUDA graph capture; create it before")
+        self._closed = True
+        self.process_group = _resolve_process_group(ranks)
+        self.device_mesh = ranks if _is_mesh(ranks) else None
+        self.name = name
+        self.size = self.process_group.size() if self.process_group is not None else 1
+        self.rank = self.process_group.rank() if self.process_group is not None else 0
+        self.device = _resolve_device(device, self.process_group)
+        self.max_tokens = max_tokens
+        self.alignment = alignment if alignment is not None else (16 if self.device.type == "cuda" else 1)
+        self.num_experts = num_experts or 0
+        self.num_slots = num_slots or words.num_slots_for(self.num_experts, self.size)
+        self.timeout = timeout
+        self.overflow = overflow
+        self.token_mask: torch.Tensor | None = None
+        self._check_settings(transport)
+        with _registry_lock:
+            if name in _registry:
+                raise GroupError(
+                    f"epops.ExpertGroup: name: expected one that is free, got {name!r}, which {_registry[name]!r} has; close "
+                    "that group or choose another name"
+                )
+            _registry[name] = self
+        self.control: Any = None
+        try:
+            self._prefix = self._make_prefix()
+            self._agree(transport)
+            self.control = self._communicator("gloo", "control")
+            self.transport = self._make_transport(transport)
+        except BaseException:
+            with _registry_lock:
+                _registry.pop(name, None)
+            raise
+        self._closed = False
+        self.settings = Settings(name, self.size, max_tokens, self.num_experts, self.num_slots, self.alignment)
+        self.sequence = 0
+        self._lock = threading.RLock()
+        self._worker: ThreadPoolExecutor | None = None
+        self._started: dict[int, Started] = {}
+        self._errors: list[tuple[int, str]] = []
+        self._lost: str | None = None
+        self._maps: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.cache: dict[Any, torch.Tensor] = {}
+        self._error_word: torch.Tensor | None = None
+        self._error_host: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else repr(self.transport)
+        return (
+            f"ExpertGroup({self.name!r}, rank {self.rank} of {self.size}, {state}, {self.device.type}, "
+            f"max_tokens={self.max_tokens}, alignment={self.alignment}, timeout={self.timeout:g} s)"
+        )
+
+    def __enter__(self) -> ExpertGroup:
+        self._require_open("enter")
+        return self
+
+    def __exit__(self, exc_type: Any, *_: Any) -> None:
+        # An error on its way out says more than the one that it left behind here.
+        self.close(raise_errors=exc_type is None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertGroup:
+        """A group is a place, not a value: a copied model keeps its group."""
+        return self
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    # ---- maps ------------------------------------------------------------------------------------------------------
+
+    def maps(self, num_experts: int, num_slots: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """``expert_slot`` (E,) int64, the global slot of each expert, and ``mask`` (R,) int64, 1 = the rank takes part."""
+        key = (num_experts, num_slots, device)
+        found = self._maps.get(key)
+        if found is None:
+            block = words.num_slots_for(num_experts, self.size)
+            expert = torch.arange(num_experts, device=device)
+            slot = expert // block * num_slots + expert % block
+            found = self._maps[key] = (slot, torch.ones(self.size, dtype=torch.int64, device=device))
+        return found
+
+    def local_experts(self, num_experts: int) -> range:
+        """The experts of a layer of ``num_experts`` that live on this rank: a block of E / R rounded up."""
+        block = words.num_slots_for(num_experts, self.size)
+        return range(min(self.rank * block, num_experts), min((self.rank + 1) * block, num_experts))
+
+    # ---- errors ----------------------------------------------------------------------------------------------------
+
+    def record(self, op: str, bits: int, detail: str = "") -> None:
+        """Note errors that an op met in the routing; they are raised by the next op, `check` or `close`."""
+        if self.overflow == "count":
+            bits &= ~words.STATUS_OVERFLOW
+        if bits:
+            names = ", ".join(text for bit, text in words.STATUS_BITS.items() if bits & bit)
+            self._errors.append((bits, f"epops.{op}: {names}{': ' + detail if detail else ''} (group {self.name!r})"))
+
+    def record_on_device(self, status: torch.Tensor) -> None:
+        """Carry a device op's ``status`` (`layout.STATUS_WORDS`,) to a word that the host reads without a synchronization."""
+        if self._error_word is None:
+            if is_capturing():
+                raise GroupError(
+                    f"epops: group {self.name!r} was first used inside a CUDA graph capture; run one step before capturing"
+                )
+            self._error_word = torch.zeros(1, dtype=torch.int32, device=status.device)
+            self._error_host = torch.zeros(1, dtype=torch.int32).pin_memory()
+        assert self._error_host is not None, "made together with the device word"
+        self._error_word.bitwise_or_(status[:1])
+        self._error_host.copy_(self._error_word, non_blocking=True)
+
+    def pending_errors(self) -> list[tuple[int, str]]:
+        if self._error_host is not None and self._error_word is not None:
+            bits = int(self._error_host[0])
+            if bits:
+                self._error_host.zero_()
+                self._error_word.zero_()
+                self.record("exchange", bits, "found on the device")
+        return self._errors
+
+    def check(self) -> None:
+        """Raise what earlier ops found: `RoutingError` for bad routing, `PeerError` for a rank that is lost."""
+        if self._lost is not None:
+            raise PeerError(f"{self._lost}; group {self.name!r} has failed: close it and make a new one")
+        errors = self.pending_errors()
+        if errors:
+            text = "; ".join(dict.fromkeys(message for _, message in errors))
+            self._errors = []
+            raise RoutingError(f"{text}; the selections named were treated as -1: mend the router or raise the capacity")
+
+    # ---- exchanges -------------------------------------------------------------------------------------------------
+
+    def run(self, op: str, exchange: Callable[[int], Any]) -> Any:
+        """Run ``exchange(sequence)`` in its turn; earlier errors are raised here instead, on every rank."""
+        with self._lock:
+            sequence = self._next(op)
+            if not self._started:
+                return self._guarded(exchange, sequence)
+            future = self._submit(exchange, sequence)
+        return future.result()
+
+    def start(self, op: str, key: int, exchange: Callable[[int], Any], keep: Any) -> int:
+        """Begin ``exchange(sequence)`` beside the caller; ``keep`` is handed back by `finish`.  Returns the sequence."""
+        with self._lock:
+            sequence = self._next(op)
+            future = self._submit(exchange, sequence)
+            self._started[sequence] = Started(op, key, future, keep)
+            return sequence
+
+    def finish(self, op: str, key: int, sequence: int) -> tuple[Any, Any]:
+        """Result and ``keep`` of a started exchange."""
+        with self._lock:
+            started = self._started.get(sequence)
+            if started is None or started.key != key:
+                got = "no started exchange" if started is None else f"that of epops.{started.op} with other settings"
+                raise GroupError(
+                    f"epops.{op}_wait: ticket: expected one of epops.{op}_start with the same arguments, got {got} "
+                    f"(epoch {sequence}); wait once for each start, with the arguments of the start"
+                )
+        try:
+            return started.future.result(), started.keep
+        finally:
+            with self._lock:
+                self._started.pop(sequence, None)
+
+    def oldest_started(self, op: str, key: int) -> int:
+        """Sequence of the first started exchange with that key that nobody has waited for (device transports read no ticket)."""
+        with self._lock:
+            return next((sequence for sequence, item in self._started.items() if item.key == key and item.op == op), -1)
+
+    def abort(self, op: str) -> None:
+        """This rank's call of ``op`` failed its checks: take its place in the order, so that no peer waits for it."""
+        if self._closed or self._lost is not None or not isinstance(self.transport, GlooTransport):
+            return
+        transport = self.transport
+        with self._lock:
+            self.sequence += 1
+            try:
+                future = self._submit(lambda sequence: transport.abort(op, sequence), self.sequence)
+            except EpopsError:
+                return
+        try:
+            future.result()
+        except EpopsError as error:
+            warnings.warn(f"epops.{op}: peers could not be told that this call failed: {error}", stacklevel=3)
+
+    def _next(self, op: str) -> int:
+        self._require_open(op)
+        if self._lost is not None:
+            self.check()
+        if self.pending_errors():
+            self.abort(op)
+            self.check()
+        self.sequence += 1
+        return self.sequence
+
+    def _submit(self, exchange: Callable[[int], Any], sequence: int) -> Future[Any]:
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"epops-{self.name}")
+        return self._worker.submit(self._guarded, exchange, sequence)
+
+    def _guarded(self, exchange: Callable[[int], Any], sequence: int) -> Any:
+        try:
+            return exchange(sequence)
+        except PeerError as error:
+            # gloo cannot go on after a peer left; an abort is a message like any other.
+            if error.__cause__ is not None:
+                self._lost = str(error)
+            raise
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    def close(self, *, raise_errors: bool = True) -> None:
+        """Give back the transport and the name; a second close does nothing.  Waits for nobody that is dead.
+
+        Raises what `check` would raise, and `GroupError` for a started exchange that nobody waited for.
+        """
+        with _registry_lock:
+            if self._closed:
+                return
+            self._closed = True
+            _registry.pop(self.name, None)
+        unfinished = [f"epops.{item.op}_start (epoch {sequence})" for sequence, item in self._started.items()]
+        if self._worker is not None:
+            self._worker.shutdown(wait=self._lost is None)
+        self._started.clear()
+        self._maps.clear()
+        self.cache.clear()
+        self.transport.close()
+        self.control = None
+        if raise_errors:
+            if unfinished:
+                raise GroupError(
+                    f"epops.ExpertGroup.close: {', '.join(unfinished)} of group {self.name!r} was never waited for; call the "
+                    "wait half of each start"
+                )
+            self.check()
+
+    def _has_peers(self) -> bool:
+        return self.size > 1 and not _is_fake(self.process_group)
+
+    def _make_prefix(self) -> str:
+        ranks = dist.get_process_group_ranks(self.process_group) if self.process_group is not None else [0]
+        stem = f"epops/{self.name}/{'_'.join(map(str, ranks))}"
+        _generations[stem] = _generations.get(stem, 0) + 1
+        return f"{stem}/{_generations[stem]}"
+
+    def _communicator(self, kind: str, purpose: str) -> Any:
+        if not self._has_peers():
+            return None
+        return private_backend(kind, self.process_group, f"{self._prefix}/{purpose}", self.timeout)
+
+    def host_all_gather(self, values: list[int]) -> list[list[int]]:
+        """``values`` of every rank, by rank: a small exchange on the host, for what ranks agree on between steps.
+
+        Raises PeerError when a rank does not take part within the group's timeout.
+        """
+        self._require_open("ExpertGroup.host_all_gather")
+        if self.control is None:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.int64)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            self.control.allgather([every], [mine]).wait()
+        except RuntimeError as error:
+            raise PeerError(
+                f"epops.ExpertGroup.host_all_gather: rank {self.rank} of group {self.name!r}: a peer did not take part within "
+                f"{self.timeout:g} s, or left; see what ended it [{str(error).splitlines()[0][:200]}]"
+            ) from error
+        return [part.tolist() for part in every]
+
+    def _require_open(self, op: str) -> None:
+        if self._closed:
+            raise GroupError(f"epops.{op}: group {self.name!r} is closed; make a new epops.ExpertGroup")
+
+    def _check_settings(self, transport: str) -> None:
+        def demand(good: bool, what: str, expected: str, got: Any) -> None:
+            if not good:
+                raise ValueError(f"epops.ExpertGroup: {what}: expected {expected}, got {got!r}")
+
+        demand(bool(self.name) and isinstance(self.name, str), "name", "a str that is not empty", self.name)
+        demand(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        demand(self.alignment >= 1, "alignment", "at least 1", self.alignment)
+        demand(self.timeout > 0, "timeout", "seconds above 0", self.timeout)
+        demand(self.overflow in ("raise", "count"), "overflow", '"raise" or "count"', self.overflow)
+        demand(transport in ("auto", "c10d", "nvlink"), "transport", '"auto", "c10d" or "nvlink"', transport)
+        least = words.num_slots_for(self.num_experts, self.size)
+        demand(self.num_slots >= least, "num_slots", f"at least {least} for {self.num_experts} experts", self.num_slots)
+
+    def _agree(self, transport: str) -> None:
+        """Compare the settings of all ranks; a group is made by all of them alike or by none."""
+        if not self._has_peers():
+            return
+        mine = {
+            "name": self.name,
+            "max_tokens": self.max_tokens,
+            "num_experts": self.num_experts,
+            "num_slots": self.num_slots,
+            "alignment": self.alignment,
+            "timeout": self.timeout,
+            "transport": transport,
+            "overflow": self.overflow,
+            "device": self.device.type,
+        }
+        store = private_store(f"{self._prefix}/settings", self.timeout)
+        store.set(str(self.rank), json.dumps(mine))
+        for peer in range(self.size):
+            try:
+                theirs = json.loads(store.get(str(peer)))
+            except RuntimeError as error:
+                raise PeerError(
+                    f"epops.ExpertGroup: {self.name!r}: rank {peer} of {self.size} did not make the group within {self.timeout:g} s; "
+                    "all ranks must create it, in the same order as other groups of that name"
+                ) from error
+            for key, value in mine.items():
+                if theirs[key] != value:
+                    raise DisagreementError(
+                        f"epops.ExpertGroup: {key}: expected the same on every rank, got {value!r} on rank {self.rank} and "
+                        f"{theirs[key]!r} on rank {peer}; give all ranks the same settings"
+                    )
+
+    def _make_transport(self, transport: str) -> Any:
+        if _is_fake(self.process_group):
+            return CaptureTransport(self.name)
+        if self.device.type == "cuda" and transport in ("auto", "nvlink"):
+            made = _nvlink_transport(self, required=transport == "nvlink")
+            if made is not None:
+                return made
+        if self.device.type == "cuda":
+            return NcclTransport(self._communicator("nccl", "rows"), self.name, self.timeout)
+        if transport == "nvlink":
+            raise GroupError("epops.ExpertGroup: transport 'nvlink' needs CUDA devices; use 'auto' or 'c10d'")
+        return GlooTransport(self._communicator("gloo", "rows"), self.name, self.timeout)
+
+
+class Started(NamedTuple):
+    """A started exchange that nobody has waited for yet."""
+
+    op: str
+    key: int
+    future: Future[Any]
+    keep: Any
+
+
+def get_group(name: str) -> ExpertGroup:
+    """The open group of that name."""
+    group = _registry.get(name)
+    if group is None:
+        known = ", ".join(sorted(_registry)) or "none"
+        raise GroupError(
+            f"epops: group: expected the name of an open group, got {name!r} (open groups: {known}); create "
+            f"epops.ExpertGroup(..., name={name!r}) before the first call and keep it open"
+        )
+    return group
+
+
+def open_groups() -> list[ExpertGroup]:
+    """All open groups, by name."""
+    with _registry_lock:
+        return [_registry[name] for name in sorted(_registry)]
+
+
+def check_all() -> None:
+    """`ExpertGroup.check` of every open group."""
+    for group in open_groups():
+        group.check()
+
+
+def _nvlink_transport(group: ExpertGroup, *, required: bool) -> Any:
+    try:
+        from .transport import nvlink  # type: ignore[attr-defined]
+    except ImportError as error:
+        if required:
+            raise GroupError(
+                f"epops.ExpertGroup: transport 'nvlink' needs the CUDA kernels, which are not built ({error}); install epops "
+                "with nvcc and --no-build-isolation on this machine, or use transport='c10d'"
+            ) from error
+        return None
+    return nvlink.make(group, required=required)
+
+
+def _is_mesh(ranks: Any) -> bool:
+    return hasattr(ranks, "get_group") and hasattr(ranks, "mesh")
+
+
+def _resolve_process_group(ranks: Any) -> dist.ProcessGroup | None:
+    if ranks is None:
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if _is_mesh(ranks):
+        if ranks.ndim != 1:
+            raise ValueError(
+                f"epops.ExpertGroup: ranks: expected a DeviceMesh of one dimension, got {ranks.ndim}; pass mesh['name']"
+            )
+        return ranks.get_group()
+    if not isinstance(ranks, dist.ProcessGroup):
+        raise ValueError(
+            f"epops.ExpertGroup: ranks: expected a ProcessGroup, a DeviceMesh or None, got {type(ranks).__name__}"
+        )
+    return ranks
+
+
+def _resolve_device(device: str | torch.device | None, process_group: dist.ProcessGroup | None) -> torch.device:
+    if device is None:
+        has_nccl = process_group is not None and "nccl" in str(dist.get_backend(process_group))
+        device = "cuda" if has_nccl and torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _is_fake(process_group: dist.ProcessGroup | None) -> bool:
+    return process_group is not None and str(dist.get_backend(process_group)) == "fake"
+
+
+_generations: dict[str, int] = {}
+"""How often a name was used by the same ranks: the part of a communicator's name that tells two groups of one name apart."""
+
+
+@atexit.register
+def _report_at_exit() -> None:
+    """What nobody asked for before the interpreter ends is printed: an error is never lost silently."""
+    for group in open_groups():
+        try:
+            group.check()
+        except EpopsError as error:
+            warnings.warn(f"at exit: {error}", stacklevel=1)
+        time.sleep(0)
+
+
+__all__ = ["ExpertGroup", "Settings", "check_all", "get_group", "open_groups"]

@@ -1,0 +1,309 @@
+"""all_to_all: a ragged exchange whose splits are device tensors, scattering one dim and gathering another on the way."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import layout as words
+from ..group import ExpertGroup, get_group
+from ..meta import all_to_all as fakes
+from ..reference.all_to_all import cut, even_splits, join, read_plan, reverse_plan, write_plan
+from ..transport import Call, Swap
+from .device_all_to_all import finish_on_device, prepare_on_device
+from .dispatch import common_arguments
+from .exchange import Blocks, Halves, check_group, settle, start, status_bits, wait, whole
+from .registry import bind, differentiate
+
+
+class AllToAllResult(NamedTuple):
+    """What `all_to_all` returns: ``rows``, zero after the last received element along ``gather_dim``; ``counts`` (R,) int64, what
+    each rank sent along ``gather_dim``; ``status`` int32 (8,)."""
+
+    rows: torch.Tensor
+    counts: torch.Tensor
+    status: torch.Tensor
+
+
+class Plan(NamedTuple):
+    """What `plan_all_to_all` returns: ``plan`` int64, see `epops.layout.PLAN_HEADER`; ``status`` int32 (8,)."""
+
+    plan: torch.Tensor
+    status: torch.Tensor
+
+
+def _arguments(
+    op: str,
+    x: torch.Tensor,
+    input_splits: torch.Tensor | None,
+    output_splits: torch.Tensor | None,
+    plan: torch.Tensor | None,
+    *,
+    group: Any,
+    out_size: Any = None,
+    scatter_size: Any = None,
+    scatter_dim: int = 0,
+    gather_dim: int = 0,
+    lane: int = 0,
+) -> dict[str, Any]:
+    facts, _ = common_arguments(op, group, 1, None, None)
+    scatter_dim, gather_dim = scatter_dim % max(x.dim(), 1), gather_dim % max(x.dim(), 1)
+    ragged_in = input_splits is not None or plan is not None
+    ragged_out = output_splits is not None or plan is not None
+    same = scatter_dim == gather_dim
+    if out_size is None:
+        if (same and ragged_in) or ragged_out:
+            raise ValueError(
+                f"epops.{op}: out_size: expected the size of dim {gather_dim} of the result, as the splits are known on the device "
+                "only, got None; pass a bound that holds for every step"
+            )
+        out_size = x.shape[gather_dim] if same else x.shape[gather_dim] * facts.size
+    if same:
+        scatter_size = out_size
+    elif scatter_size is None:
+        if ragged_in:
+            raise ValueError(
+                f"epops.{op}: scatter_size: expected the size of dim {scatter_dim} of the result, as input_splits are known on the "
+                "device only, got None; pass a bound on this rank's split"
+            )
+        scatter_size = x.shape[scatter_dim] // facts.size
+    return {
+        "group": facts.name,
+        "ep_size": facts.size,
+        "out_size": out_size,
+        "scatter_size": scatter_size,
+        "scatter_dim": scatter_dim,
+        "gather_dim": gather_dim,
+        "lane": lane,
+    }
+
+
+def all_to_all(
+    x: torch.Tensor,
+    input_splits: torch.Tensor | None = None,
+    output_splits: torch.Tensor | None = None,
+    plan: torch.Tensor | None = None,
+    **settings: Any,
+) -> AllToAllResult:
+    """Send a piece of ``x`` to every rank, cut along ``scatter_dim``; put the pieces that arrive together along ``gather_dim``.
+
+    Args:
+        x: any shape and strides; elements of 1, 2, 4 or 8 bytes.  Differentiable.
+        input_splits: (R,) int64, what goes to each rank along ``scatter_dim``; None: equal parts.
+        output_splits: (R,) int64, what comes from each rank along ``gather_dim``; None: as sent.  Where the two dims differ, this
+            rank contributes its own entry of it (the first ``output_splits[rank]`` along ``gather_dim``).
+        plan: of `plan_all_to_all`, in place of both.
+        out_size: size of ``gather_dim`` of the result; needed where its splits are known on the device only.
+        scatter_size: size of ``scatter_dim`` of the result, needed where input_splits are given and the two dims differ.
+
+    Splits that disagree between ranks, and pieces for which ``out_size`` has no room, are reported by the next op or check.
+
+    >>> import torch, epops
+    >>> with epops.ExpertGroup(None, "docs") as group:
+    ...     got = epops.all_to_all(torch.arange(3), torch.tensor([2]), group=group, out_size=4)
+    >>> got.rows.tolist(), got.counts.tolist()
+    ([0, 1, 0, 0], [2])
+    """
+    a = _arguments("all_to_all", x, input_splits, output_splits, plan, **settings)
+    return AllToAllResult(*torch.ops.epops.all_to_all.default(x, input_splits, output_splits, plan, **a))
+
+
+def all_to_all_start(
+    x: torch.Tensor,
+    input_splits: torch.Tensor | None = None,
+    output_splits: torch.Tensor | None = None,
+    plan: torch.Tensor | None = None,
+    **settings: Any,
+) -> torch.Tensor:
+    """Begin an `all_to_all` and return its ticket."""
+    a = _arguments("all_to_all_start", x, input_splits, output_splits, plan, **settings)
+    return torch.ops.epops.all_to_all_start.default(x, input_splits, output_splits, plan, **a)
+
+
+def all_to_all_wait(
+    ticket: torch.Tensor,
+    x: torch.Tensor,
+    input_splits: torch.Tensor | None = None,
+    output_splits: torch.Tensor | None = None,
+    plan: torch.Tensor | None = None,
+    **settings: Any,
+) -> AllToAllResult:
+    """Result of the `all_to_all` that ``ticket`` began."""
+    a = _arguments("all_to_all_wait", x, input_splits, output_splits, plan, **settings)
+    return AllToAllResult(*torch.ops.epops.all_to_all_wait.default(ticket, x, input_splits, output_splits, plan, **a))
+
+
+def plan_all_to_all(
+    input_splits: torch.Tensor, output_splits: torch.Tensor | None = None, *, group: Any, lane: int = 0
+) -> Plan:
+    """Exchange splits and compute offsets once, for the `all_to_all` calls of every layer.
+
+    ``input_splits`` (R,) int64; ``output_splits`` None: exchanged.  Both along one dim (``scatter_dim`` = ``gather_dim``).
+    """
+    facts, _ = common_arguments("plan_all_to_all", group, 1, None, None)
+    found = torch.ops.epops.plan_all_to_all.default(
+        input_splits, output_splits, group=facts.name, ep_size=facts.size, lane=lane
+    )
+    return Plan(*found)
+
+
+# ---- the real kernels ----------------------------------------------------------------------------------------------
+
+
+def _check(group: ExpertGroup, /, x: torch.Tensor, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any) -> None:
+    fakes.check_all_to_all("all_to_all", x, ins, outs, plan, **a)
+    check_group("all_to_all", group, x, a["ep_size"])
+    if group.transport.host_counts:
+        splits = ins if plan is None else read_plan(plan, group.size)[0]
+        if splits is not None:
+            values = splits.tolist()
+            if min(values) < 0 or sum(values) > x.shape[a["scatter_dim"]]:
+                raise ValueError(
+                    f"epops.all_to_all: input_splits: expected splits from 0 whose sum is at most {x.shape[a['scatter_dim']]}, the "
+                    f"size of dim {a['scatter_dim']}, got {values}; pass splits of x"
+                )
+
+
+def _prepare(group: ExpertGroup, /, x: torch.Tensor, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any) -> Any:
+    if not group.transport.host_counts:
+        return prepare_on_device(group, x, ins, outs, plan, a)
+    scatter_dim, gather_dim = a["scatter_dim"], a["gather_dim"]
+    if plan is not None:
+        ins, offsets, outs, _ = (part.tolist() for part in read_plan(plan, group.size))
+    else:
+        ins = even_splits(x.shape[scatter_dim], group.size) if ins is None else ins.tolist()
+        offsets = [sum(ins[:rank]) for rank in range(group.size)]
+        outs = None if outs is None else outs.tolist()
+    mine = x.shape[gather_dim]
+    if gather_dim != scatter_dim and outs is not None:
+        mine = min(outs[group.rank], mine)
+    chunks = cut(x, ins, offsets, scatter_dim=scatter_dim, gather_dim=gather_dim, gather_size=mine)
+    blocks = [chunk.contiguous().view(-1).view(torch.uint8).unsqueeze(1) for chunk in chunks]
+    rest = [size for dim, size in enumerate(x.shape) if dim not in (scatter_dim, gather_dim)]
+    width = x.element_size()
+    for size in rest:
+        width *= size
+    call = Call("all_to_all", row_bytes=width, layout=scatter_dim * 16 + gather_dim, lane=a["lane"])
+    counts = torch.tensor([block.shape[0] for block in blocks])
+    return Blocks(call, blocks, counts, status_bits(group, {}), None, [(size, mine) for size in ins]), (ins, outs)
+
+
+def _finish(group: ExpertGroup, /, swap: Swap, keep: Any, sequence: int, x: torch.Tensor, *_: Any, **a: Any) -> Any:
+    if not group.transport.host_counts:
+        return finish_on_device(group, swap, keep, sequence, x, a)
+    ins, outs = keep
+    scatter_dim, gather_dim = a["scatter_dim"], a["gather_dim"]
+    same = scatter_dim == gather_dim
+    shape = list(x.shape)
+    shape[scatter_dim], shape[gather_dim] = a["scatter_size"], a["out_size"]
+    assert swap.sizes is not None, "host transports carry the sizes"
+    chunks, came = [], []
+    bits = swap.bits
+    for rank, (block, (split, gathered)) in enumerate(zip(swap.rows, swap.sizes, strict=True)):
+        size = split if same else gathered
+        wrong = outs is not None and size != outs[rank] or (not same and split != ins[group.rank])
+        if wrong:
+            bits |= words.STATUS_DISAGREE
+        part = list(x.shape)
+        part[scatter_dim] = split
+        if not same:
+            part[gather_dim] = gathered
+        chunk = block.contiguous().view(-1).view(x.dtype).view(part)
+        # Disagreement is reported; until then its rows are absent, never taken for another's.
+        chunks.append(chunk.narrow(gather_dim, 0, 0) if wrong else chunk)
+        came.append(size)
+    placed = came if outs is None else outs
+    out, lost = join(
+        chunks,
+        [sum(placed[:rank]) for rank in range(group.size)],
+        shape,
+        scatter_dim=scatter_dim,
+        gather_dim=gather_dim,
+    )
+    status = settle(group, "all_to_all", sequence, bits, num_rows=sum(came), num_dropped=lost, device=x.device)
+    return out, torch.tensor(came, dtype=torch.int64), status
+
+
+ALL_TO_ALL = Halves("all_to_all", _check, _prepare, _finish)
+
+
+def _full(a: dict[str, Any]) -> dict[str, Any]:
+    return {"scatter_dim": 0, "gather_dim": 0, "lane": 0, **a}
+
+
+def _all_to_all(x: Any, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any) -> Any:
+    return whole(ALL_TO_ALL, (x, ins, outs, plan), _full(a))
+
+
+def _all_to_all_start(x: Any, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any) -> Any:
+    return start(ALL_TO_ALL, (x, ins, outs, plan), _full(a))
+
+
+def _all_to_all_wait(ticket: Any, x: Any, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any) -> Any:
+    return wait(ALL_TO_ALL, ticket, (x, ins, outs, plan), _full(a), _full(a))
+
+
+def _plan_all_to_all(ins: torch.Tensor, outs: torch.Tensor | None = None, **a: Any) -> Any:
+    group = get_group(a["group"])
+    fakes.plan_all_to_all(ins, outs, **a)
+    ones = torch.ones(group.size, dtype=torch.int64, device=ins.device)
+    came, _, status = _all_to_all(ins, ones, ones, None, out_size=group.size, scatter_size=group.size, **a)
+    if outs is not None:
+        differs = (came != outs).any().to(torch.int32) * words.STATUS_DISAGREE
+        status[0] |= differs
+        if group.transport.host_counts:
+            group.record("plan_all_to_all", int(differs), f"rank {group.rank}: what peers send is not output_splits")
+        else:
+            group.record_on_device(status)
+    return write_plan(ins, came), status
+
+
+bind("plan_all_to_all", _plan_all_to_all, fakes.plan_all_to_all)
+bind("all_to_all", _all_to_all, fakes.all_to_all)
+bind("all_to_all_start", _all_to_all_start, fakes.all_to_all_start)
+bind("all_to_all_wait", _all_to_all_wait, fakes.all_to_all_wait)
+
+
+# ---- autograd: the same exchange with splits and dims swapped ------------------------------------------------------------
+
+
+def _save(ctx: Any, x: Any, ins: Any, outs: Any, plan: Any, settings: dict[str, Any], counts: torch.Tensor) -> None:
+    ctx.settings = _full(settings)
+    ctx.x_shape = x.shape
+    same = ctx.settings["scatter_dim"] == ctx.settings["gather_dim"]
+    ctx.ragged_back = plan is None and (outs is not None or (same and ins is not None))
+    ctx.save_for_backward(counts, ins, plan)
+
+
+def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    _save(ctx, *inputs, keyword_only_inputs, output[1])
+    ctx.first = ()
+
+
+def _setup_wait(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    _save(ctx, *inputs[1:], keyword_only_inputs, output[1])
+    ctx.first = (None,)
+
+
+def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    counts, ins, plan = ctx.saved_tensors
+    a = ctx.settings
+    grad_x, _, _ = torch.ops.epops.all_to_all.default(
+        grad,
+        counts if ctx.ragged_back else None,
+        ins,
+        None if plan is None else reverse_plan(plan, a["ep_size"]),
+        group=a["group"],
+        ep_size=a["ep_size"],
+        out_size=ctx.x_shape[a["scatter_dim"]],
+        scatter_size=ctx.x_shape[a["gather_dim"]],
+        scatter_dim=a["gather_dim"],
+        gather_dim=a["scatter_dim"],
+        lane=a["lane"],
+    )
+    return (*ctx.first, grad_x, None, None, None)
+
+
+differentiate("all_to_all", _backward, _setup)
+differentiate("all_to_all_wait", _backward, _setup_wait)

@@ -1,0 +1,87 @@
+"""all_to_all over a transport that moves equal parts and reads nothing on the host (c10d on nccl).
+
+Every pair exchanges a part padded to the largest that its splits could name, so that a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import layout as words
+from ..group import ExpertGroup
+from ..reference.all_to_all import read_plan, running
+from ..transport import Call, Swap
+from .exchange import Blocks, settle, status_bits
+
+
+def prepare_on_device(group: ExpertGroup, x: torch.Tensor, ins: Any, outs: Any, plan: Any, a: dict[str, Any]) -> Any:
+    scatter_dim, gather_dim = a["scatter_dim"], a["gather_dim"]
+    size = x.shape[scatter_dim]
+    if plan is not None:
+        ins, offsets, outs, _ = read_plan(plan, group.size)
+    elif ins is None:
+        ins = torch.full((group.size,), size // group.size, dtype=torch.int64, device=x.device)
+        offsets = running(ins)
+    else:
+        ins = ins.clamp(0, size)
+        offsets = running(ins)
+    same = scatter_dim == gather_dim
+    part = size if same else a["scatter_size"]
+    index = (offsets.unsqueeze(1) + torch.arange(part, device=x.device)).clamp(0, max(size - 1, 0))
+    front = x.movedim(scatter_dim, 0)
+    blocks = front[index] if size else front.new_zeros((group.size, part, *front.shape[1:]))
+    mine = x.new_full((), x.shape[gather_dim], dtype=torch.int64)
+    if not same:
+        dim = 2 + (gather_dim if gather_dim < scatter_dim else gather_dim - 1)
+        bound = a["out_size"] if outs is not None else x.shape[gather_dim]
+        if outs is not None:
+            mine = outs[group.rank].clamp(0, x.shape[gather_dim])
+        blocks = blocks.movedim(dim, 2)
+        blocks = torch.nn.functional.pad(blocks, (0, 0) * (blocks.dim() - 3) + (0, bound - blocks.shape[2]))
+    flat = list(blocks.contiguous().view(group.size, -1).view(torch.uint8).unsqueeze(2).unbind(0))
+    call = Call("all_to_all", row_bytes=flat[0].shape[0], layout=scatter_dim * 16 + gather_dim, lane=a["lane"])
+    # One count a pair: the split along the ragged dim, and the contribution along the gathered one.
+    counts = ins if same else ins * (1 << 31) + mine
+    return Blocks(call, flat, counts, status_bits(group, {})), (ins, outs, tuple(blocks.shape[1:]))
+
+
+def finish_on_device(group: ExpertGroup, swap: Swap, keep: Any, sequence: int, x: torch.Tensor, a: dict[str, Any]) -> Any:
+    ins, outs, shape = keep
+    scatter_dim, gather_dim = a["scatter_dim"], a["gather_dim"]
+    same = scatter_dim == gather_dim
+    received = torch.stack([block.reshape(-1).view(x.dtype).view(shape) for block in swap.rows])
+    split, gathered = (swap.counts, None) if same else (swap.counts >> 31, swap.counts & 0x7FFFFFFF)
+    came = split if gathered is None else gathered
+    bits = swap.bits
+    wrong = torch.zeros_like(came, dtype=torch.bool)
+    if outs is not None:
+        wrong = wrong | (came != outs)
+    if gathered is not None:
+        wrong = wrong | (split != ins[group.rank])
+    bits = bits | wrong.any().to(torch.int64) * words.STATUS_DISAGREE
+    placed = came if outs is None else outs
+    usable = torch.where(wrong, 0, came)
+    out_size = a["out_size"]
+    axis = 1 if same else 2
+    moved = received.movedim(axis, 1)
+    limit = moved.shape[1]
+    position = torch.arange(limit, device=x.device)
+    dest = running(placed).unsqueeze(1) + position
+    inside = position < usable.unsqueeze(1)
+    dest = torch.where(inside & (dest < out_size), dest, out_size).reshape(-1)
+    out = moved.new_zeros((out_size + 1, *moved.shape[2:]))
+    out[dest] = moved.reshape(-1, *moved.shape[2:])
+    out = out[:out_size]
+    if same:
+        out = out.movedim(0, scatter_dim)
+    else:
+        rows = torch.arange(out.shape[1], device=x.device) < ins[group.rank]
+        out = out * rows.view(1, -1, *[1] * (out.dim() - 2)).to(out.dtype)
+        order = [dim for dim in range(x.dim()) if dim not in (scatter_dim, gather_dim)]
+        places = [gather_dim, scatter_dim, *order]
+        out = out.permute([places.index(dim) for dim in range(x.dim())])
+    lost = (placed.sum() - out_size).clamp(min=0)
+    status = settle(group, "all_to_all", sequence, bits, num_rows=came.sum(), num_dropped=lost, device=x.device)
+    return out.contiguous(), came.clone(), status

@@ -1,0 +1,219 @@
+"""One exchange of a group, from its blocks of bytes to its peers' blocks: what every op's real kernel is made of.
+
+Host transports (gloo) move exactly the rows there are.  Device transports move M rows a pair and never read a count on the
+host; then counts, headers and errors are tensors too, and `valid` masks what is padding.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import layout as words
+from ..errors import EpopsError
+from ..group import ExpertGroup, get_group
+from ..transport import Call, Swap
+from ..transport.base import HEADER_WORDS
+
+
+class Blocks(NamedTuple):
+    """What this rank sends: block r (N_r, W) uint8 to rank r.  ``counts`` (R,) true rows, on the device of the blocks.
+
+    ``bits`` are the status bits found so far: an int on host transports, else a 0-d int64 tensor.  ``sizes`` are two more
+    words a rank that some ops send along.
+    """
+
+    call: Call
+    blocks: list[torch.Tensor]
+    counts: torch.Tensor
+    bits: Any
+    expected: list[int] | None = None
+    sizes: list[tuple[int, int]] | None = None
+
+
+def status_bits(group: ExpertGroup, found: dict[int, torch.Tensor]) -> Any:
+    """Bits whose count in ``found`` is not zero."""
+    if group.transport.host_counts:
+        return sum(bit for bit, count in found.items() if int(count))
+    total = torch.zeros((), dtype=torch.int64, device=group.device)
+    for bit, count in found.items():
+        total = total + (count != 0).to(torch.int64) * bit
+    return total
+
+
+def token_lists(group: ExpertGroup, order: torch.Tensor, counts: torch.Tensor, limit: int) -> list[torch.Tensor]:
+    """For each rank the tokens in its block: exactly those there are, or ``limit`` of them with T marking padding."""
+    ep_size, num_tokens = order.shape
+    if group.transport.host_counts:
+        return [order[rank, :count] for rank, count in enumerate(counts.tolist())]
+    padded = torch.nn.functional.pad(order, (0, limit - num_tokens), value=num_tokens)
+    inside = torch.arange(limit, device=order.device) < counts.unsqueeze(1)
+    return list(torch.where(inside, padded, num_tokens).unbind(0))
+
+
+def exchange(group: ExpertGroup, out: Blocks, sequence: int) -> Swap:
+    """Move the blocks.  The result's ``rows`` are blocks by source; on device transports ``counts`` is a tensor."""
+    if group.transport.host_counts:
+        return group.transport.swap(out.call, sequence, out.bits, out.blocks, out.expected, out.sizes)
+    return _exchange_on_device(group, out)
+
+
+def _exchange_on_device(group: ExpertGroup, out: Blocks) -> Swap:
+    transport = group.transport
+    ep_size = group.size
+    key = ("header", out.call)
+    fixed = group.cache.get(key)
+    if fixed is None:
+        fixed = group.cache[key] = out.call.header(0, 0, [0] * ep_size).to(group.device)
+    header = fixed.clone()
+    header[:, 12] = out.counts
+    header[:, 13] = out.bits
+    body = torch.stack(out.blocks).reshape(ep_size, -1)
+    buffer = torch.cat([header.view(torch.uint8).reshape(ep_size, -1), body], dim=1)
+    received = transport.swap_padded(buffer)
+    head_bytes = HEADER_WORDS * 8
+    heads = received[:, :head_bytes].contiguous().view(torch.int64)
+    agree = (heads[:, :12] == fixed[:, :12]).all(dim=1)
+    bits = torch.zeros((), dtype=torch.int64, device=group.device) + out.bits
+    for rank in range(ep_size):
+        bits = bits | heads[rank, 13]
+    bits = bits | (~agree).any().to(torch.int64) * words.STATUS_DISAGREE
+    counts = torch.where(agree, heads[:, 12], 0)
+    rows = received[:, head_bytes:].reshape(ep_size, *out.blocks[0].shape)
+    return Swap(list(rows.unbind(0)), bits, counts, None)
+
+
+def sources(group: ExpertGroup, swap: Swap) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Source rank of each row of all received blocks put together, and which of them are no padding."""
+    device = swap.rows[0].device
+    sizes = [block.shape[0] for block in swap.rows]
+    ranks = torch.arange(group.size, device=device)
+    if group.transport.host_counts:
+        return ranks.repeat_interleave(torch.tensor(sizes, device=device)), None
+    limit = sizes[0]
+    valid = torch.arange(limit, device=device) < swap.counts.unsqueeze(1)
+    return ranks.repeat_interleave(limit, output_size=limit * group.size), valid.reshape(-1)
+
+
+def settle(
+    group: ExpertGroup,
+    op: str,
+    sequence: int,
+    bits: Any,
+    *,
+    num_rows: torch.Tensor | int = 0,
+    num_dropped: torch.Tensor | int = 0,
+    num_bad: torch.Tensor | int = 0,
+    num_repeated: torch.Tensor | int = 0,
+    device: torch.device,
+) -> torch.Tensor:
+    """The op's ``status``, and the note of its errors in the group."""
+    if group.transport.host_counts:
+        rows, dropped, bad, repeated = int(num_rows), int(num_dropped), int(num_bad), int(num_repeated)
+        if dropped:
+            bits |= words.STATUS_OVERFLOW
+        facts = [f"{dropped} rows dropped"] * bool(dropped) + [f"{bad} indices out of range here"] * bool(bad)
+        facts += [f"{repeated} repeated choices here"] * bool(repeated)
+        group.record(op, bits, f"rank {group.rank}, epoch {sequence}: {', '.join(facts) or 'on another rank'}")
+        return torch.tensor([bits, rows, dropped, bad, repeated, -1, sequence & 0x7FFFFFFF, 0], dtype=torch.int32)
+    status = torch.zeros(words.STATUS_WORDS, dtype=torch.int64, device=device)
+    status[1], status[2], status[3], status[4], status[5] = num_rows, num_dropped, num_bad, num_repeated, -1
+    status[0] = bits | (status[2] != 0).to(torch.int64) * words.STATUS_OVERFLOW
+    status = status.to(torch.int32)
+    group.record_on_device(status)
+    return status
+
+
+def settings_key(op: str, tensors: tuple[torch.Tensor | None, ...], a: dict[str, Any]) -> int:
+    """Hash of an op's settings, that its two halves must share."""
+    shapes = [None if t is None else (tuple(t.shape), str(t.dtype)) for t in tensors]
+    return zlib.crc32(repr((op, shapes, sorted((k, str(v)) for k, v in a.items()))).encode())
+
+
+class Halves(NamedTuple):
+    """An exchange op in three stages; `whole`, `start` and `wait` put them together."""
+
+    op: str
+    check: Callable[..., None]
+    prepare: Callable[..., tuple[Blocks, Any]]
+    finish: Callable[..., Any]
+
+
+def whole(halves: Halves, tensors: tuple[torch.Tensor | None, ...], a: dict[str, Any], finish_only: tuple[Any, ...] = ()) -> Any:
+    """The op in one call.  ``finish_only`` are arguments that only the local half reads."""
+    group = get_group(a["group"])
+    native = getattr(group.transport, halves.op, None)
+    _checked(group, halves, tensors, a, finish_only)
+    if native is not None:
+        return native(group, *tensors, *finish_only, **a)
+
+    def run(sequence: int) -> Any:
+        out, keep = halves.prepare(group, *tensors, **a)
+        return halves.finish(group, exchange(group, out, sequence), keep, sequence, *tensors, *finish_only, **a)
+
+    return group.run(halves.op, run)
+
+
+def start(halves: Halves, tensors: tuple[torch.Tensor | None, ...], a: dict[str, Any]) -> torch.Tensor:
+    """The sending half: everything that peers wait for.  Returns the ticket."""
+    group = get_group(a["group"])
+    _checked(group, halves, tensors, a, ())
+    native = getattr(group.transport, f"{halves.op}_start", None)
+    if native is not None:
+        return native(group, *tensors, **a)
+    out, keep = halves.prepare(group, *tensors, **a)
+    key = settings_key(halves.op, tensors, a)
+    sequence = group.start(halves.op, key, lambda turn: (exchange(group, out, turn), turn), keep)
+    first = next(t for t in tensors if t is not None)
+    if group.transport.host_counts:
+        return torch.tensor([sequence, key, a.get("lane", 0), 0], dtype=torch.int64)
+    return torch.zeros(words.TICKET_WORDS, dtype=torch.int64, device=first.device)
+
+
+def wait(
+    halves: Halves,
+    ticket: torch.Tensor,
+    tensors: tuple[torch.Tensor | None, ...],
+    a: dict[str, Any],
+    start_args: dict[str, Any],
+    finish_only: tuple[Any, ...] = (),
+) -> Any:
+    """The local half of a started exchange.  ``start_args`` are the arguments that the start was given."""
+    group = get_group(a["group"])
+    native = getattr(group.transport, f"{halves.op}_wait", None)
+    if native is not None:
+        return native(group, ticket, *tensors, *finish_only, **a)
+    key = settings_key(halves.op, tensors, start_args)
+    sequence = int(ticket[0]) if group.transport.host_counts else group.oldest_started(halves.op, key)
+    (swap, turn), keep = group.finish(halves.op, key, sequence)
+    return halves.finish(group, swap, keep, turn, *tensors, *finish_only, **a)
+
+
+def _checked(
+    group: ExpertGroup,
+    halves: Halves,
+    tensors: tuple[torch.Tensor | None, ...],
+    a: dict[str, Any],
+    finish_only: tuple[Any, ...],
+) -> None:
+    try:
+        halves.check(group, *tensors, *finish_only, **a)
+    except (ValueError, EpopsError):
+        group.abort(halves.op)
+        raise
+
+
+def check_group(op: str, group: ExpertGroup, tensor: torch.Tensor, ep_size: int) -> None:
+    """What only the group knows: its size and the device that its transport serves."""
+    if ep_size != group.size:
+        raise ValueError(
+            f"epops.{op}: ep_size: expected {group.size}, the size of group {group.name!r}, got {ep_size}; pass the group's size"
+        )
+    if tensor.device.type != group.device.type:
+        raise ValueError(
+            f"epops.{op}: expected tensors on {group.device.type}, the device of group {group.name!r}, got {tensor.device}; move "
+            "them there, or make the group with that device"
+        )

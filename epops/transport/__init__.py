@@ -1,0 +1,6 @@
+"""Transports: who moves the bytes of a group."""
+
+from .base import Call, Swap, Transport
+from .c10d import CaptureTransport, GlooTransport, NcclTransport
+
+__all__ = ["Call", "CaptureTransport", "GlooTransport", "NcclTransport", "Swap", "Transport"]

@@ -1,0 +1,109 @@
+"""What a transport is asked for, and the header that every exchange of a group opens with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+HEADER_WORDS = 16
+HEADER_MAGIC = 0x45504F5058
+
+OPCODES = (
+    "abort",
+    "dispatch",
+    "dispatch_quant",
+    "dispatch_backward",
+    "combine",
+    "combine_backward",
+    "all_to_all",
+    "plan_all_to_all",
+    "all_reduce",
+    "gather_tokens",
+)
+
+COMPARED = (
+    (2, "op"),
+    (3, "max_tokens"),
+    (4, "top_k"),
+    (5, "bytes a row"),
+    (6, "num_slots"),
+    (7, "num_experts"),
+    (8, "layout"),
+    (9, "alignment"),
+    (10, "capacity"),
+    (11, "lane"),
+    (1, "position in the group's order"),
+)
+"""Header words that must be equal on all ranks, in the order in which a difference is reported."""
+
+
+class Call(NamedTuple):
+    """The settings of one exchange that ranks must agree on; 0 where an op has none."""
+
+    op: str
+    max_tokens: int = 0
+    top_k: int = 0
+    row_bytes: int = 0
+    num_slots: int = 0
+    num_experts: int = 0
+    layout: int = 0
+    alignment: int = 0
+    capacity: int = 0
+    lane: int = 0
+
+    def header(
+        self, sequence: int, bits: int, counts: list[int], sizes: list[tuple[int, int]] | None = None
+    ) -> torch.Tensor:
+        """(R, `HEADER_WORDS`) int64, a row a destination.
+
+        Words: 0 magic · 1 sequence · 2 op · 3 … 11 settings · 12 rows that follow · 13 status bits · 14, 15 ``sizes``.
+        """
+        fixed = [HEADER_MAGIC, sequence, OPCODES.index(self.op), *self[1:]]
+        pairs = sizes or [(0, 0)] * len(counts)
+        return torch.tensor([[*fixed, n, bits, *pair] for n, pair in zip(counts, pairs, strict=True)], dtype=torch.int64)
+
+
+def differences(mine: list[int], theirs: list[int]) -> str | None:
+    """What a peer's header says differently, as "argument: expected …, got …", or None."""
+    if theirs[0] != mine[0]:
+        return f"the peer sent no epops header (its first word is {theirs[0]:#x}); do all ranks run the same epops?"
+    for word, name in COMPARED:
+        if theirs[word] != mine[word]:
+            expected, got = mine[word], theirs[word]
+            if name == "op":
+                return f"op: expected {OPCODES[expected]} as here, got {_opcode(got)} there"
+            return f"{name}: expected {expected} as here, got {got} there"
+    return None
+
+
+def _opcode(code: int) -> str:
+    return OPCODES[code] if 0 <= code < len(OPCODES) else f"op number {code}"
+
+
+class Swap(NamedTuple):
+    """What came back from an exchange: a block of rows a source, and the union of all ranks' status bits.
+
+    On device transports ``bits`` and ``counts`` are tensors and blocks are padded; on host transports ``sizes`` are the two
+    words that each peer sent along.
+    """
+
+    rows: list[torch.Tensor]
+    bits: Any
+    counts: Any = None
+    sizes: list[tuple[int, int]] | None = None
+
+
+class Transport(Protocol):
+    """Who moves the bytes.
+
+    ``host_counts`` transports read row counts on the host and move exactly the rows there are; the others move M rows a
+    pair, so that a CUDA graph can hold them.  A transport may also implement whole ops: a method named like the op,
+    with the op's arguments after the group, replaces pack, swap and unpack.
+    """
+
+    name: str
+    host_counts: bool
+    row_alignment: int
+
+    def close(self) -> None: ...
