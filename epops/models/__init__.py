@@ -1,0 +1,21 @@
+"""Ways into a model: shard its routed experts over ranks without touching its source."""
+
+from __future__ import annotations
+
+from .adapter import Adapter, NotUnderstoodError, Plan, register_adapter
+from .gradients import clip_grad_norm_, expert_parameters
+from .join import join
+from .parallelize import parallelize
+from .site import Shard
+
+__all__ = [
+    "Adapter",
+    "NotUnderstoodError",
+    "Plan",
+    "Shard",
+    "clip_grad_norm_",
+    "expert_parameters",
+    "join",
+    "parallelize",
+    "register_adapter",
+]

@@ -1,0 +1,123 @@
+"""The internal contract of every adapter: ``(x, topk_idx, topk_weights) → y`` over the ranks of a group.
+
+``exchange`` brings rows to their experts and results back; what runs on the rows in between is the caller's. The
+pieces that such a computation is made of (`linear`, `bias`) take rows as they arrive: grouped by expert, not sorted again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import epops
+
+from .autograd import scale_gradient
+from .site import Site
+
+
+class Rows(NamedTuple):
+    """What arrived on this rank: (C, H) rows grouped by expert slot, and where the groups lie."""
+
+    x: Tensor
+    weights: Tensor
+    """(C,) float32 router weights, 0 at padding."""
+    expert: Tensor
+    """(C,) slot of each row, -1 at padding."""
+    ends: Tensor
+    """(L,) int32 running ends of the groups."""
+
+
+def exchange(
+    site: Site,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    compute: Callable[[Rows], Tensor],
+    *,
+    weight_on: str = "output",
+) -> Tensor:
+    """Run ``compute`` on the rows of this rank's experts and sum its results back to the tokens.
+
+    ``weight_on``: "output" multiplies results by the router weight while they are summed; "rows" leaves the weight to
+    ``compute`` (which finds it in ``Rows.weights``), for models that weight an expert's input.
+    """
+    shape = x.shape
+    x = x.reshape(-1, shape[-1])
+    topk_idx = topk_idx.reshape(x.shape[0], -1)
+    received = epops.dispatch(
+        x,
+        participating(site, topk_idx),
+        topk_weights.reshape(topk_idx.shape).float(),
+        group=site.group,
+        num_experts=site.num_experts,
+        num_slots=site.num_slots,
+        grad_scale=site.scale,
+    )
+    weights = received.row_weights
+    if weight_on == "rows":
+        # These weights' gradient comes with the rows', which is the experts' share, 1 / R of the token's.
+        weights = scale_gradient(weights, site.scale)
+    y = compute(Rows(received.rows, weights, received.row_expert, received.expert_ends))
+    combined = epops.combine(
+        y,
+        received.route,
+        weights if weight_on == "output" else None,
+        group=site.group,
+        num_experts=site.num_experts,
+        num_slots=site.num_slots,
+        num_tokens=x.shape[0],
+        top_k=topk_idx.shape[1],
+        out_dtype=x.dtype,
+        grad_scale=1.0 / site.scale,
+    )
+    return combined.out.reshape(*shape[:-1], combined.out.shape[-1])
+
+
+def participating(site: Site, topk_idx: Tensor) -> Tensor:
+    """``topk_idx`` with -1 for tokens that do not take part: padding, or all of them on a rank that is only serving."""
+    mask = site.serving.active
+    token_mask = site.serving.group.token_mask
+    if token_mask is not None:
+        if token_mask.numel() != topk_idx.shape[0]:
+            raise ValueError(
+                f"epops experts {site.name!r}: the group's token_mask has {token_mask.numel()} entries but the layer got "
+                f"{topk_idx.shape[0]} tokens; set group.token_mask to one entry a token of this batch, or to None"
+            )
+        mask = token_mask.reshape(-1, 1) & mask
+    return torch.where(mask, topk_idx, -1)
+
+
+def _autocast(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that autocast asks for, or the rows in the weight's: grouped GEMMs know nothing of autocast."""
+    kind = rows.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return rows.to(dtype), weight.to(dtype)
+
+
+def linear(rows: Rows, x: Tensor, weight: Tensor, bias_of: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """``x @ weight[expert].T + bias[expert]`` row by row; ``weight`` is (L, out, in), or (L, in, out) if ``transposed``."""
+    x, weight = _autocast(x, weight)
+    y = epops.grouped_mm(x, weight if transposed else weight.transpose(-2, -1), rows.ends)
+    return y if bias_of is None else y + bias(rows, bias_of).to(y.dtype)
+
+
+def bias(rows: Rows, values: Tensor) -> Tensor:
+    """(L, N) values of an expert to (C, N) rows; padding reads a row of zeros, so that it never reaches a gradient.
+
+    Gathered in float32, since the gradient of a gather adds up in the dtype of what was gathered.
+    """
+    padded = F.pad(values.float(), [0] * (2 * (values.dim() - 1)) + [0, 1])
+    return padded[torch.where(rows.expert < 0, values.shape[0], rows.expert).long()].to(values.dtype)
+
+
+def routed(site: Site, compute: Callable[[Rows], Tensor], *, weight_on: str = "output") -> Callable[..., Tensor]:
+    """A function ``(x, topk_idx, topk_weights) → y`` around ``compute``."""
+
+    def call(x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Any:
+        return exchange(site, x, topk_idx, topk_weights, compute, weight_on=weight_on)
+
+    return call

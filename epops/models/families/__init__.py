@@ -1,0 +1,1 @@
+"""Families of transformers whose experts are not on its experts interface, one file each."""

@@ -1,0 +1,100 @@
+"""Transformers' experts interface: one forward for every family that uses it, without a line of its own.
+
+An experts module holds ``gate_up_proj`` or ``up_proj``, ``down_proj``, their ``*_bias`` and (fp8) ``*_scale_inv``
+companions, and says by flags how they are laid out; ``_apply_gate`` and ``act_fn`` are called as the family wrote them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .autograd import call_replicated
+from .experts import Rows, exchange, linear
+from .site import Shard, site_of
+
+FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
+ROUTING = ("hidden_states", "top_k_index", "top_k_weights")
+
+
+def matches(module: nn.Module) -> bool:
+    """Whether ``module`` was made by transformers' ``use_experts_implementation``."""
+    return all(hasattr(module, flag) for flag in FLAGS) and isinstance(getattr(module, "down_proj", None), Tensor)
+
+
+def shards(module: nn.Module) -> dict[str, Shard]:
+    """Every tensor of the module itself with one entry an expert; what lies deeper (a norm) belongs to all experts."""
+    rows = module.down_proj.shape[0]
+    tensors = {**module._parameters, **module._buffers}
+    return {name: Shard(rows) for name, t in tensors.items() if t is not None and t.dim() > 0 and t.shape[0] == rows}
+
+
+def install(module: nn.Module) -> None:
+    """Give the instance, and only it, a forward over the ranks: other models may share its class and its config."""
+    names = list(inspect.signature(module.forward).parameters)[:3]
+    module._epops_arguments = tuple(names)
+    module.forward = types.MethodType(forward, module)
+
+
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The experts' forward: tokens of this rank in, their weighted expert outputs back."""
+    site = site_of(self)
+    assert site is not None, "installed by parallelize only"
+    x, topk_idx, topk_weights = args + tuple(kwargs[name] for name in self._epops_arguments[len(args):])
+    # Families mark a selection that is to be skipped by the number of experts, one past the last.
+    topk_idx = torch.where(topk_idx == site.num_experts, -1, topk_idx)
+
+    def compute(rows: Rows) -> Tensor:
+        return _experts(self, site.group, rows)
+
+    return exchange(site, x, topk_idx, topk_weights, compute)
+
+
+def _experts(self: nn.Module, group: Any, rows: Rows) -> Tensor:
+    """Up, gate, down on rows grouped by expert."""
+    up = "gate_up_proj" if self.has_gate else "up_proj"
+    h = _project(self, rows, rows.x, up)
+    if self.has_gate:
+        h = self._apply_gate(h)
+    else:
+        h = _activation(self, group, h)
+    y = _project(self, rows, h, "down_proj")
+    if self.has_post_expert_norm:
+        y = call_replicated(self.post_expert_norm, group, _only_valid(rows, y))
+    return y
+
+
+def _activation(self: nn.Module, group: Any, h: Tensor) -> Tensor:
+    act = self.act_fn
+    return call_replicated(act, group, h) if isinstance(act, nn.Module) else act(h)
+
+
+def _only_valid(rows: Rows, y: Tensor) -> Tensor:
+    """Zeros at padding: a norm's weight is shared by all rows, and what lies in padding must not reach its gradient."""
+    return torch.where((rows.expert >= 0)[:, None], y, 0)
+
+
+def _project(self: nn.Module, rows: Rows, x: Tensor, name: str) -> Tensor:
+    weight = getattr(self, name)
+    bias = getattr(self, f"{name}_bias", None) if self.has_bias else None
+    scale = getattr(self, f"{name}_scale_inv", None)
+    if scale is not None and weight.element_size() == 1:
+        weight = dequantize(weight, scale, getattr(self, "block_size", None), x.dtype, where=f"{type(self).__name__}.{name}")
+    return linear(rows, x, weight, bias, transposed=self.is_transposed)
+
+
+def dequantize(weight: Tensor, scale_inv: Tensor, block: Any, dtype: torch.dtype, *, where: str) -> Tensor:
+    """(L, N, K) fp8 weights times their per-block (or per-tensor) scales, in ``dtype``."""
+    if not weight.dtype.is_floating_point:
+        raise ValueError(
+            f"epops experts {where}: expected float8 weights, got {weight.dtype} (packed 4-bit); dequantize the model first"
+        )
+    scale = scale_inv.float()
+    if block is not None:
+        for dim, size in ((-2, block[0]), (-1, block[1])):
+            scale = scale.repeat_interleave(size, dim=dim).narrow(dim, 0, weight.shape[dim])
+    return (weight.float() * scale).to(dtype)

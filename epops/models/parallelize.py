@@ -1,0 +1,113 @@
+"""`epops.parallelize`: the one line that turns a model into an expert-parallel one, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .. import layout
+from ..group import get_group
+from . import builtin, state_dict
+from .adapter import Adapter, NotUnderstoodError, Plan, registered
+from .generate import synchronize_generate
+from .gradients import remember
+from .shard import shard_in_place
+from .site import ATTRIBUTE, Site, serving, sites
+from .survey import found
+
+GRAD_REDUCE = ("mean", "sum")
+
+
+def parallelize(model: nn.Module, group: Any, *, grad_reduce: str = "mean") -> nn.Module:
+    """Shard the routed experts of ``model`` over the ranks of ``group``, in place, and return the model.
+
+    Every rank calls it with the same model (the same weights, or the meta device) and keeps its own E / R experts;
+    everything else stays whole. From then on each rank runs its own batch of up to ``group.max_tokens`` tokens.
+
+    Args:
+        model: a transformers model of any MoE family, or a PyTorch model whose experts an adapter knows.
+        group: the `epops.ExpertGroup` (or its name).
+        grad_reduce: "mean": expert gradients are those of the loss averaged over ranks, as they are for parameters whose
+            gradients DDP or FSDP average; "sum": those of the sum.
+
+    Raises:
+        NotUnderstoodError: no routed experts, or experts that no adapter understands; says what was found.
+        ValueError: the model is sharded already, or an argument does not fit.
+    """
+    group = get_group(group) if isinstance(group, str) else group
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"epops.parallelize: model: expected an nn.Module, got {type(model).__name__}; pass the model itself")
+    if grad_reduce not in GRAD_REDUCE:
+        raise ValueError(f"epops.parallelize: grad_reduce: expected one of {GRAD_REDUCE}, got {grad_reduce!r}")
+    already = sites(model)
+    if already:
+        raise ValueError(
+            f"epops.parallelize: model: {len(already)} experts modules are sharded already (the first is {next(iter(already))!r}); "
+            "call it once a model"
+        )
+    plans = _plan(model)
+    _shard(model, plans, group, mean=grad_reduce == "mean")
+    synchronize_generate(model, group)
+    return model
+
+
+def _plan(model: nn.Module) -> dict[str, Plan]:
+    """Module name → plan for every block of routed experts; nothing is changed until all of them are understood."""
+    plans: dict[str, Plan] = {}
+    adapters = (*registered(), *builtin.ADAPTERS)
+    survey = found(model)
+    if survey.peft:
+        raise NotUnderstoodError(
+            f"epops.parallelize: model: PEFT layers lie on the routed experts ({survey.peft}); merge them first "
+            "(merge_and_unload), or put the adapters on modules outside the experts"
+        )
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{done}.") or name == done for done in plans):
+            continue
+        adapter = _first_match(adapters, module)
+        if adapter is not None:
+            plans[name] = adapter.plan(module, name)
+    left = [line for path, line in survey.experts.items() if not any(_covers(done, path) for done in plans)]
+    if left:
+        raise NotUnderstoodError(
+            "epops.parallelize: model: routed experts that no adapter understands: "
+            + "; ".join(left[:4])
+            + (f"; and {len(left) - 4} more" if len(left) > 4 else "")
+            + "; write an epops.models.Adapter for the block and pass it to epops.register_adapter"
+        )
+    if not plans:
+        raise NotUnderstoodError(
+            f"epops.parallelize: model: no routed experts in {type(model).__name__}: {survey.summary}; pass an MoE model, or write "
+            "an epops.models.Adapter for its block and pass it to epops.register_adapter"
+        )
+    return plans
+
+
+def _covers(done: str, path: str) -> bool:
+    return done == "" or path == done or path.startswith(f"{done}.")
+
+
+def _first_match(adapters: tuple[Adapter, ...], module: nn.Module) -> Adapter | None:
+    return next((adapter for adapter in adapters if adapter.matches(module)), None)
+
+
+def _shard(model: nn.Module, plans: dict[str, Plan], group: Any, *, mean: bool) -> None:
+    done: dict[int, Any] = {}
+    for name, plan in plans.items():
+        module = model.get_submodule(name)
+        site = Site(
+            name=name,
+            group=group.settings,
+            num_experts=plan.num_experts,
+            num_slots=layout.num_slots_for(plan.num_experts, group.size),
+            ep_size=group.size,
+            mean=mean,
+            serving=serving(group),
+            shards=plan.shards,
+        )
+        module.__dict__[ATTRIBUTE] = site
+        shard_in_place(module, group.rank, plan.names, done)
+        plan.install(module)
+        state_dict.install(module, group, plan)
+        remember(module)

@@ -1,0 +1,89 @@
+"""What a sharded experts module carries: plain settings that are equal on every rank, so that graphs are too."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+ATTRIBUTE = "_epops_site"
+"""Where an experts module keeps its `Site`.  Not a buffer: ``to_empty`` and ``.to`` must leave it alone."""
+
+
+class Serving:
+    """Whether this rank's tokens take part, for all experts of one group: a device tensor that graphs read at run time.
+
+    `epops.join` and ``generate`` switch it off on a rank that has run out of work, and the rank goes on serving its
+    experts with the same graph.  One object a group: copies of a model share it.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.active = torch.ones((), dtype=torch.bool, device=group.device)
+
+    def switch(self, active: bool) -> None:
+        self.active.fill_(active)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Serving:
+        return self
+
+
+_SERVING: dict[str, Serving] = {}
+
+
+def serving(group: Any) -> Serving:
+    """The `Serving` of a group, made at first use."""
+    known = _SERVING.get(group.name)
+    if known is None or known.group is not group:
+        known = _SERVING[group.name] = Serving(group)
+    return known
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """How a tensor of the unsharded layout lies on the ranks: rows ``[rank * L * unit, …)`` of its first dim.
+
+    ``unit`` rows make one expert; ``rows`` is the unsharded number of them that belong to experts. ``whole`` is the number
+    of rows of the unsharded tensor where it has more, which nothing reads: they are dropped, and saved as zeros.
+    """
+
+    rows: int
+    unit: int = 1
+    whole: int = 0
+
+    @property
+    def full_rows(self) -> int:
+        return self.whole or self.rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """One routed-experts module of a sharded model.  Nothing in here differs between ranks, the rank itself included."""
+
+    name: str
+    group: Any
+    """The group's settings, a tuple of ints and its name: all that ops ask for."""
+    num_experts: int
+    num_slots: int
+    ep_size: int
+    mean: bool
+    serving: Serving
+    shards: dict[str, Shard] = dataclasses.field(default_factory=dict)
+    """Names of parameters and buffers, relative to the module, that hold this rank's experts."""
+
+    @property
+    def scale(self) -> float:
+        """What the gradient of a loss averaged over ranks is divided by, on its way through the experts."""
+        return float(self.ep_size) if self.mean else 1.0
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """The module's `Site`, or None for a module whose experts are not sharded."""
+    return module.__dict__.get(ATTRIBUTE)
+
+
+def sites(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → module of every sharded experts module of ``model``, each once, in the order of registration."""
+    return {name: module for name, module in model.named_modules() if site_of(module) is not None}
