@@ -49,7 +49,16 @@ def readable(names):
     if tool is None or not names:
         return list(names)
     text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True).stdout
-    return [line.split("(")[0].removeprefix("void ") for line in text.splitlines()]
+    return [without_arguments(line.replace("(anonymous namespace)::", "")) for line in text.splitlines()]
+
+
+def without_arguments(signature):
+    """
+    >>> without_arguments("void epops::send<(epops::Layout)0, 4>(epops::Params, int)")
+    'epops::send<0, 4>'
+    """
+    signature = re.sub(r"\(\w[\w:]*\)(?=-?\d)", "", signature)
+    return signature.split("(")[0].removeprefix("void ")
 
 
 def main():
