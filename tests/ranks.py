@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -27,7 +28,9 @@ class Pool:
     """``size`` processes with an initialized gloo group."""
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
+        # torch is imported once, in the server that the ranks are forked from.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "epops"])
         self.size = size
         self.folder = tempfile.mkdtemp(prefix="epops-ranks-")
         self.tasks = [context.SimpleQueue() for _ in range(size)]
@@ -90,7 +93,8 @@ def _close_groups() -> None:
 
     for group in open_groups():
         group.close(raise_errors=False)
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def run_ranks(
