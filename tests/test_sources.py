@@ -1,4 +1,4 @@
-"""What a reader may rely on in every file: no unfinished marks, no catch-all modules, no endless files, no hidden host syncs."""
+"""What every source file keeps: no unfinished marks, no catch-all modules, no endless files, no hidden host syncs."""
 
 from __future__ import annotations
 
