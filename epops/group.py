@@ -96,7 +96,7 @@ class ExpertGroup:
             _registry[name] = self
         self.control: Any = None
         try:
-            self._prefix = self._make_prefix()
+            self.prefix = self._make_prefix()
             self._agree(transport)
             self.control = self._communicator("gloo", "control")
             self.transport = self._make_transport(transport)
@@ -320,7 +320,7 @@ class ExpertGroup:
     def _communicator(self, kind: str, purpose: str) -> Any:
         if not self._has_peers():
             return None
-        return private_backend(kind, self.process_group, f"{self._prefix}/{purpose}", self.timeout)
+        return private_backend(kind, self.process_group, f"{self.prefix}/{purpose}", self.timeout)
 
     def host_all_gather(self, values: list[int]) -> list[list[int]]:
         """``values`` of every rank, by rank: a small exchange on the host, for what ranks agree on between steps.
@@ -374,7 +374,7 @@ class ExpertGroup:
             "overflow": self.overflow,
             "device": self.device.type,
         }
-        store = private_store(f"{self._prefix}/settings", self.timeout)
+        store = private_store(f"{self.prefix}/settings", self.timeout)
         store.set(str(self.rank), json.dumps(mine))
         for peer in range(self.size):
             try:

@@ -55,3 +55,63 @@ def private_store(prefix: str, timeout: float) -> Any:
     store = dist.PrefixStore(prefix, distributed_c10d._get_default_store())
     store.set_timeout(timedelta(seconds=timeout))
     return store
+
+
+def graphs_backend(seen: Any, *, run: bool) -> Any:
+    """A backend for torch.compile that goes Inductor's way to where its passes after autograd begin, and stops there.
+
+    ``seen(module, kind)`` gets each graph, "inference", "forward" or "backward", as the custom pass before Inductor's own sees it,
+    and may change it.  ``run``: graphs then run node by node; otherwise they return zeros of the right shapes.
+    """
+    from torch._functorch import config as aot_config
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.fx_passes import post_grad
+
+    def inner(module: torch.fx.GraphModule, inputs: Any, **settings: Any) -> Any:
+        inference = bool(settings.get("is_inference", False))
+        post_grad.view_to_reshape(module)
+        module.graph.eliminate_dead_code()
+        if inference and config.reorder_for_locality:
+            post_grad.reorder_for_locality(module.graph)
+        seen(module, "inference" if inference else "backward" if settings.get("is_backward", False) else "forward")
+        module.recompile()
+        outputs = next(iter(reversed(module.graph.nodes))).args[0]
+
+        def call(args: list[Any]) -> Any:
+            given = list(args)
+            args.clear()
+            return module(*given) if run else [_zeros_like(getattr(node, "meta", {}).get("val", node)) for node in outputs]
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        with aot_config.patch(enable_autograd_cache=False), config.patch(fx_graph_cache=False):
+            return compile_fx(module, inputs, inner_compile=inner)
+
+    return backend
+
+
+def _zeros_like(fake: Any) -> Any:
+    """Zeros of the sizes that a fake tensor has in this run; a symbolic number as that number."""
+
+    def number(size: Any) -> int:
+        hint = size if isinstance(size, int) else getattr(size.node, "hint", None)
+        return 1 if hint is None else int(hint)
+
+    if isinstance(fake, torch.Tensor):
+        sizes, strides = [[number(item) for item in items] for items in (fake.shape, fake.stride())]
+        return torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device).zero_()
+    return number(fake) if isinstance(fake, torch.SymInt) else fake
+
+
+def eager_backward_compile() -> Any:
+    """Context in which the backward is compiled with the forward, so that both are in the cache when the first rank is done."""
+    import contextlib
+
+    from torch._functorch import config
+
+    if hasattr(config, "force_non_lazy_backward_lowering"):
+        return config.patch(force_non_lazy_backward_lowering=True)
+    return contextlib.nullcontext()

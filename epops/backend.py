@@ -1,0 +1,107 @@
+"""``torch.compile(model, backend="epops")``: Inductor, with the passes of `epops.passes` in its hooks."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import passes
+from .group import ExpertGroup, get_group
+from .torch_private import eager_backward_compile, private_store
+
+COMPILE_WAIT = 1800.0
+"""Seconds that a rank waits for another one that compiles the same graph, before it compiles for itself."""
+
+
+def epops_backend(
+    model: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile with Inductor and the epops passes.
+
+    ``mode`` is Inductor's; ``options`` are Inductor's settings, beside two of ours: ``"passes"``, names of `epops.PASSES` or
+    functions ``fn(graph) -> int`` in the order to run them (default: all), and ``"share_compile"`` (default True): of the ranks
+    that compile one graph, one does, and the others load it from the compile cache.
+    """
+    from torch._inductor import config, list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    settings: dict[str, Any] = dict(list_mode_options(mode) if mode else {})
+    settings.update(options or {})
+    chosen = passes.choose(settings.pop("passes", None))
+    share = settings.pop("share_compile", True)
+    earlier = settings.get("post_grad_custom_pre_pass", config.post_grad_custom_pre_pass)
+    settings["post_grad_custom_pre_pass"] = passes.PassRunner(chosen, earlier)
+    groups = _groups(model)
+
+    def compiled() -> Any:
+        with eager_backward_compile():
+            return compile_fx(model, inputs, config_patches=settings)
+
+    result = _in_turn(groups[0], model, inputs, compiled) if groups and share else compiled()
+    return _watch(result, [group for group in groups if not group.transport.host_counts])
+
+
+def _groups(model: torch.fx.GraphModule) -> list[ExpertGroup]:
+    """Groups that the graph talks to."""
+    names = {
+        str(node.kwargs["group"])
+        for module in model.modules()
+        if isinstance(module, torch.fx.GraphModule)
+        for node in module.graph.nodes
+        if node.op == "call_function" and "group" in node.kwargs and str(node.target).startswith("epops.")
+    }
+    return [get_group(name) for name in sorted(names)]
+
+
+def _in_turn(group: ExpertGroup, model: torch.fx.GraphModule, inputs: Sequence[Any], compiled: Callable[[], Any]) -> Any:
+    """One rank of those that have the same graph compiles it while the others wait for its entry in the cache."""
+    if group.size == 1 or group.control is None:
+        return compiled()
+    store = private_store(f"{group.prefix}/compile", group.timeout)
+    key = _fingerprint(model, inputs)
+    if store.add(f"{key}/claimed", 1) == 1:
+        try:
+            return compiled()
+        finally:
+            store.set(f"{key}/done", "1")
+    deadline = time.monotonic() + COMPILE_WAIT
+    while time.monotonic() < deadline and not store.check([f"{key}/done"]):
+        time.sleep(0.02)
+    return compiled()
+
+
+def _fingerprint(model: torch.fx.GraphModule, inputs: Sequence[Any]) -> str:
+    shapes = [(tuple(map(str, t.shape)), str(t.dtype)) if isinstance(t, torch.Tensor) else str(type(t)) for t in inputs]
+    return hashlib.sha256(f"{model.code}{shapes}{torch.is_grad_enabled()}".encode()).hexdigest()
+
+
+def _watch(run: Callable[..., Any], groups: list[ExpertGroup]) -> Callable[..., Any]:
+    """Raise what a group's device found in earlier steps before a new one begins.  (gloo's ops raise it themselves.)"""
+    if not groups:
+        return run
+
+    def checked(*args: Any) -> Any:
+        for group in groups:
+            group.check()
+        return run(*args)
+
+    if getattr(run, "_boxed_call", False):
+        checked._boxed_call = True  # type: ignore[attr-defined]
+    return checked
+
+
+def _reset() -> None:
+    from torch._inductor import cudagraph_trees
+
+    cudagraph_trees.reset_cudagraph_trees()
+
+
+epops_backend.reset = _reset  # type: ignore[attr-defined]

@@ -1,0 +1,116 @@
+"""Passes over graphs that have epops ops.
+
+A pass is ``fn(graph: torch.fx.Graph) -> int``: it proves a rewrite or leaves the graph alone, and returns how many it made.
+It keeps ``meta["val"]``, is idempotent, and its docstring says **Rewrite**, **Requires** and **Guarantees**.  A pass that needs an
+order asks for it with `ordering.run_after`; the orders are written into the graph when all passes are done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+
+from .keep_order import keep_order
+from .ordering import pin
+
+Pass = Callable[[Graph], int]
+
+PASSES: tuple[Pass, ...] = (keep_order,)
+"""All passes, in the order in which they run; `keep_order` is always on, and runs again at the end, over what the others made."""
+
+
+class Report(NamedTuple):
+    """What one run over one graph did: pass name → rewrites."""
+
+    rewrites: dict[str, int]
+
+
+reports: deque[Report] = deque(maxlen=256)
+"""The newest runs in this process; a graph that came out of a compile cache leaves none."""
+
+
+def choose(selected: Iterable[str | Pass] | None) -> tuple[Pass, ...]:
+    """The passes for ``options={"passes": …}``: names of `PASSES` or functions of the user's, in the order given.
+
+    None: all of `PASSES`.  `keep_order` is added when it is missing: without it ranks could exchange in different orders.
+    """
+    if selected is None:
+        return PASSES
+    known = {entry.__name__: entry for entry in PASSES}
+    chosen: list[Pass] = []
+    for entry in [selected] if isinstance(selected, str) or callable(selected) else list(selected):
+        if isinstance(entry, str):
+            if entry not in known:
+                raise ValueError(
+                    f"epops backend: options['passes']: expected names among {', '.join(known)} or functions of a graph, got "
+                    f"{entry!r}"
+                )
+            entry = known[entry]
+        elif not callable(entry):
+            raise ValueError(
+                f"epops backend: options['passes']: expected names or functions fn(graph) -> int, got {type(entry).__name__}"
+            )
+        chosen.append(entry)
+    return tuple(chosen) if keep_order in chosen else (keep_order, *chosen)
+
+
+class PassRunner(CustomGraphPass):
+    """The passes as the one custom pass that Inductor runs before its own; ``earlier`` is one that was set before ours."""
+
+    def __init__(self, passes: tuple[Pass, ...], earlier: Any = None) -> None:
+        self.passes = passes
+        self.earlier = earlier
+
+    def __call__(self, graph: Graph) -> None:
+        if self.earlier is not None:
+            self.earlier(graph)
+        reports.append(Report(run_passes(graph, self.passes)))
+
+    def uuid(self) -> Any:
+        before = None
+        if self.earlier is not None:
+            before = self.earlier.uuid() if hasattr(self.earlier, "uuid") else None
+            if before is None:
+                return None
+        return (_sources(self.passes), before)
+
+
+def run_passes(graph: Graph, passes: tuple[Pass, ...]) -> dict[str, int]:
+    """Run ``passes`` over ``graph`` and write the orders that they asked for; returns pass name → rewrites."""
+    done: dict[str, int] = {}
+    for entry in passes:
+        if entry is not keep_order:
+            name = getattr(entry, "__name__", type(entry).__name__)
+            done[name] = done.get(name, 0) + entry(graph)
+    # Last in effect, whatever its place: it pins what the other passes left.
+    done["keep_order"] = keep_order(graph)
+    pin(graph)
+    graph.lint()
+    return done
+
+
+def _sources(passes: tuple[Pass, ...]) -> bytes:
+    """Hash of all that decides what the passes do: this package's sources, and those of the user's passes."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    package = Path(__file__).parent
+    for path in [*sorted(package.glob("*.py")), package.parent / "schema.py", package.parent / "torch_private.py"]:
+        digest.update(path.read_bytes())
+    for entry in passes:
+        digest.update(f"{getattr(entry, '__module__', '')}.{getattr(entry, '__qualname__', type(entry).__qualname__)}".encode())
+        try:
+            digest.update(inspect.getsource(inspect.getmodule(entry) or entry).encode())
+        except (OSError, TypeError):
+            code = getattr(entry, "__code__", None)
+            digest.update(repr((code.co_code, code.co_consts) if code else entry).encode())
+    return digest.digest()
+
+
+__all__ = ["PASSES", "Pass", "PassRunner", "Report", "choose", "keep_order", "reports", "run_passes"]
