@@ -79,8 +79,14 @@ def _in_turn(group: ExpertGroup, model: torch.fx.GraphModule, inputs: Sequence[A
 
 
 def _fingerprint(model: torch.fx.GraphModule, inputs: Sequence[Any]) -> str:
-    shapes = [(tuple(map(str, t.shape)), str(t.dtype)) if isinstance(t, torch.Tensor) else str(type(t)) for t in inputs]
+    """What two ranks' graphs must share for one compile cache entry to serve both; symbolic sizes go by name, not by value."""
+    shapes = [_shape(t) if isinstance(t, torch.Tensor) else str(type(t)) for t in inputs]
     return hashlib.sha256(f"{model.code}{shapes}{torch.is_grad_enabled()}".encode()).hexdigest()
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    sizes = [str(size.node.expr) if isinstance(size, torch.SymInt) else str(size) for size in tensor.shape]
+    return f"{sizes} {tensor.dtype} {tensor.requires_grad}"
 
 
 def _watch(run: Callable[..., Any], groups: list[ExpertGroup]) -> Callable[..., Any]:

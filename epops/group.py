@@ -33,6 +33,21 @@ class Settings(NamedTuple):
     num_slots: int
     alignment: int
 
+    @property
+    def tag(self) -> str:
+        """The same as one str, which `parse_tag` reads.
+
+        Under ``dynamic=True`` Dynamo makes graph inputs of the ints that it finds in objects, but never of a str: what a graph is
+        built from goes by way of it and stays constant.
+        """
+        return f"{self.size} {self.max_tokens} {self.num_experts} {self.num_slots} {self.alignment} {self.name}"
+
+
+def parse_tag(tag: str) -> Settings:
+    """`Settings` from their ``tag``."""
+    size, max_tokens, num_experts, num_slots, alignment, name = tag.split(" ", 5)
+    return Settings(name, int(size), int(max_tokens), int(num_experts), int(num_slots), int(alignment))
+
 
 class ExpertGroup:
     """Ranks that share the experts of MoE layers, with their transport, expert map, mask and error state.
@@ -106,6 +121,7 @@ class ExpertGroup:
             raise
         self._closed = False
         self.settings = Settings(name, self.size, max_tokens, self.num_experts, self.num_slots, self.alignment)
+        self.tag = self.settings.tag
         self.sequence = 0
         self._lock = threading.RLock()
         self._worker: ThreadPoolExecutor | None = None

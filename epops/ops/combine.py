@@ -36,8 +36,8 @@ def _arguments(
     num_experts: int | None = None,
     num_slots: int | None = None,
     out_dtype: torch.dtype | None = None,
-    out_scale: float = 1.0,
-    grad_scale: float = 1.0,
+    out_scale: float | None = None,
+    grad_scale: float | None = None,
     lane: int = 0,
 ) -> dict[str, Any]:
     _, a = common_arguments(op, group, num_experts, num_slots, max_tokens)
@@ -49,8 +49,8 @@ def _arguments(
         "top_k": top_k,
         "layout": layout,
         "out_dtype": out_dtype,
-        "out_scale": out_scale,
-        "grad_scale": grad_scale,
+        "out_scale": 1.0 if out_scale is None else out_scale,
+        "grad_scale": 1.0 if grad_scale is None else grad_scale,
         "lane": lane,
     }
 
@@ -62,7 +62,7 @@ def combine(
     addend: torch.Tensor | None = None,
     y_scales: torch.Tensor | None = None,
     *,
-    addend_scale: float = 1.0,
+    addend_scale: float | None = None,
     **settings: Any,
 ) -> CombineResult:
     """Bring expert rows back to their tokens: ``out_scale * sum of weight * row, + addend_scale * addend``.
@@ -91,7 +91,7 @@ def combine(
     [[8.0], [12.0]]
     """
     a = _arguments("combine", y, **settings)
-    a["addend_scale"] = addend_scale
+    a["addend_scale"] = 1.0 if addend_scale is None else addend_scale
     return CombineResult(*torch.ops.epops.combine.default(y, route, row_weights, addend, y_scales, **a))
 
 
@@ -115,12 +115,12 @@ def combine_wait(
     addend: torch.Tensor | None = None,
     y_scales: torch.Tensor | None = None,
     *,
-    addend_scale: float = 1.0,
+    addend_scale: float | None = None,
     **settings: Any,
 ) -> CombineResult:
     """Result of the `combine` that ``ticket`` began."""
     a = _arguments("combine_wait", y, **settings)
-    a["addend_scale"] = addend_scale
+    a["addend_scale"] = 1.0 if addend_scale is None else addend_scale
     return CombineResult(*torch.ops.epops.combine_wait.default(ticket, y, route, row_weights, addend, y_scales, **a))
 
 

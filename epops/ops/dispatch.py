@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import layout as words
-from ..group import ExpertGroup, Settings, get_group
+from ..group import ExpertGroup, Settings, get_group, parse_tag
 from ..meta import dispatch as fakes
 from ..reference.combine import answered_pairs, reduce_rows, sum_over_ranks, weight_gradients
 from ..reference.dispatch import Grouped, from_bytes, pack, record_width, row_bytes, send_order, unpack
@@ -54,17 +54,17 @@ def common_arguments(
     op: str, group: Any, num_experts: int | None, num_slots: int | None, max_tokens: Any
 ) -> tuple[Settings, dict[str, Any]]:
     """The arguments that every exchange takes, from a group (or its settings, or its name) and what the call overrides."""
+    if isinstance(group, str):
+        group = get_group(group)
     if isinstance(group, Settings):
         facts = group
+    elif hasattr(group, "tag"):
+        facts = parse_tag(group.tag)
     else:
-        if isinstance(group, str):
-            group = get_group(group)
-        if not isinstance(group, ExpertGroup):
-            raise ValueError(
-                f"epops.{op}: group: expected an ExpertGroup, its settings or its name, got {type(group).__name__}; create one "
-                "with epops.ExpertGroup(...)"
-            )
-        facts = group.settings
+        raise ValueError(
+            f"epops.{op}: group: expected an ExpertGroup, its settings or its name, got {type(group).__name__}; create one with "
+            "epops.ExpertGroup(...)"
+        )
     if num_experts is None:
         num_experts, default_slots = facts.num_experts, facts.num_slots
     else:
@@ -89,7 +89,7 @@ def dispatch_arguments(
     capacity: Any,
     num_experts: int | None,
     num_slots: int | None,
-    grad_scale: float,
+    grad_scale: float | None,
     lane: int,
 ) -> dict[str, Any]:
     facts, a = common_arguments(op, group, num_experts, num_slots, max_tokens)
@@ -97,6 +97,8 @@ def dispatch_arguments(
         alignment = facts.alignment if layout == "expert" else 1
     if capacity is None:
         capacity = words.capacity(layout, a["max_tokens"], a["ep_size"], topk_idx.shape[-1], a["num_slots"], alignment)
+    # Defaults are None and become numbers here: Dynamo makes graph inputs of float defaults under dynamic=True.
+    grad_scale = 1.0 if grad_scale is None else grad_scale
     return {**a, "capacity": capacity, "layout": layout, "alignment": alignment, "grad_scale": grad_scale, "lane": lane}
 
 
@@ -113,7 +115,7 @@ def dispatch(
     capacity: Any = None,
     num_experts: int | None = None,
     num_slots: int | None = None,
-    grad_scale: float = 1.0,
+    grad_scale: float | None = None,
     lane: int = 0,
 ) -> DispatchResult:
     """Send each token's row to the ranks of its experts: one row a (token, rank), whatever K is.
@@ -128,7 +130,7 @@ def dispatch(
         alignment: each expert's rows start at a multiple of it; default the group's.
         max_tokens: M of this call, equal on all ranks, at least any rank's T; default the group's.
         capacity: C; default the worst case.  Below it, rows that do not fit are dropped in row order, and counted.
-        grad_scale: factor on the gradient that reaches ``x``.
+        grad_scale: factor on the gradient that reaches ``x``; default 1.
         lane: exchanges of different lanes may be in flight at once.
 
     Raises:
@@ -187,24 +189,22 @@ _DEFAULTS: dict[str, Any] = {
     "capacity": None,
     "num_experts": None,
     "num_slots": None,
-    "grad_scale": 1.0,
+    "grad_scale": None,
     "lane": 0,
-}
-
-_QUANT_DEFAULTS: dict[str, Any] = {
-    "quant_dtype": torch.float8_e4m3fn,
-    "block": 128,
-    "scale_format": "float32",
-    "scale_layout": "row",
-    "scale_math": "divide",
-    "eps_on": "amax",
-    "eps": 1e-12,
-    "clamp": True,
 }
 
 
 def _quant_arguments(op: str, topk_idx: torch.Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    quant = {name: settings.pop(name, default) for name, default in _QUANT_DEFAULTS.items()}
+    quant = {
+        "quant_dtype": settings.pop("quant_dtype", torch.float8_e4m3fn),
+        "block": settings.pop("block", 128),
+        "scale_format": settings.pop("scale_format", "float32"),
+        "scale_layout": settings.pop("scale_layout", "row"),
+        "scale_math": settings.pop("scale_math", "divide"),
+        "eps_on": settings.pop("eps_on", "amax"),
+        "eps": settings.pop("eps", 1e-12),
+        "clamp": settings.pop("clamp", True),
+    }
     return {**dispatch_arguments(op, topk_idx, **{**_DEFAULTS, **settings}), **quant}
 
 

@@ -11,6 +11,7 @@ from ..meta import all_to_all as fakes
 from ..reference import all_to_all as reference
 from ..reference.dispatch import from_bytes, row_bytes
 from ..transport import Call
+from .dispatch import common_arguments
 from .exchange import Blocks, check_group, exchange, settle, status_bits
 from .registry import bind, differentiate
 
@@ -79,7 +80,7 @@ def all_reduce(x: torch.Tensor, *, group: Any) -> torch.Tensor:
 
     The gradient is the sum over ranks of the gradients.
     """
-    facts = group.settings if hasattr(group, "settings") else get_group(group).settings if isinstance(group, str) else group
+    facts, _ = common_arguments("all_reduce", group, 1, None, None)
     return torch.ops.epops.all_reduce.default(x, group=facts.name, ep_size=facts.size)
 
 
@@ -129,7 +130,7 @@ def gather_tokens(x: torch.Tensor, *, group: Any, num_tokens: Any) -> torch.Tens
 
     ``num_tokens`` is T.  The gradient of each rank's slice is its slice of the result's gradient, which all ranks hold alike.
     """
-    facts = group.settings if hasattr(group, "settings") else get_group(group).settings if isinstance(group, str) else group
+    facts, _ = common_arguments("gather_tokens", group, 1, None, None)
     return torch.ops.epops.gather_tokens.default(x, group=facts.name, ep_size=facts.size, num_tokens=num_tokens)
 
 
