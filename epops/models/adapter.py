@@ -18,6 +18,14 @@ class NotUnderstoodError(ValueError):
     """A module holds routed experts, but what it does with them could not be established."""
 
 
+def refuse(where: str, found: str) -> NotUnderstoodError:
+    """The error that names a block, says what was found there and what to do."""
+    return NotUnderstoodError(
+        f"epops.parallelize: {where or 'model'}: {found}; write an epops.models.Adapter for the block and pass it to "
+        "epops.register_adapter"
+    )
+
+
 @dataclasses.dataclass
 class Plan:
     """What `parallelize` does to one module."""

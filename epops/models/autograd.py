@@ -47,7 +47,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 def call_replicated(module: nn.Module, group: Any, *args: Any) -> Any:
-    """``module(*args)``, where each rank runs it on its own experts' rows, with gradients of its parameters summed over ranks."""
+    """``module(*args)`` on this rank's rows, of a module that all ranks hold: its gradients are summed over ranks."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not parameters or not torch.is_grad_enabled():
         return module(*args)

@@ -44,7 +44,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The experts' forward: tokens of this rank in, their weighted expert outputs back."""
     site = site_of(self)
     assert site is not None, "installed by parallelize only"
-    x, topk_idx, topk_weights = args + tuple(kwargs[name] for name in self._epops_arguments[len(args):])
+    x, topk_idx, topk_weights = args + tuple(kwargs[name] for name in self._epops_arguments[len(args) :])
     # Families mark a selection that is to be skipped by the number of experts, one past the last.
     topk_idx = torch.where(topk_idx == site.num_experts, -1, topk_idx)
 
@@ -83,7 +83,9 @@ def _project(self: nn.Module, rows: Rows, x: Tensor, name: str) -> Tensor:
     bias = getattr(self, f"{name}_bias", None) if self.has_bias else None
     scale = getattr(self, f"{name}_scale_inv", None)
     if scale is not None and weight.element_size() == 1:
-        weight = dequantize(weight, scale, getattr(self, "block_size", None), x.dtype, where=f"{type(self).__name__}.{name}")
+        weight = dequantize(
+            weight, scale, getattr(self, "block_size", None), x.dtype, where=f"{type(self).__name__}.{name}"
+        )
     return linear(rows, x, weight, bias, transposed=self.is_transposed)
 
 

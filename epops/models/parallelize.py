@@ -9,7 +9,7 @@ from torch import nn
 from .. import layout
 from ..group import get_group
 from . import builtin, state_dict
-from .adapter import Adapter, NotUnderstoodError, Plan, registered
+from .adapter import Adapter, NotUnderstoodError, Plan, refuse, registered
 from .generate import synchronize_generate
 from .gradients import remember
 from .shard import shard_in_place
@@ -37,15 +37,14 @@ def parallelize(model: nn.Module, group: Any, *, grad_reduce: str = "mean") -> n
     """
     group = get_group(group) if isinstance(group, str) else group
     if not isinstance(model, nn.Module):
-        raise ValueError(f"epops.parallelize: model: expected an nn.Module, got {type(model).__name__}; pass the model itself")
+        raise ValueError(
+            f"epops.parallelize: model: expected an nn.Module, got {type(model).__name__}; pass the model itself"
+        )
     if grad_reduce not in GRAD_REDUCE:
         raise ValueError(f"epops.parallelize: grad_reduce: expected one of {GRAD_REDUCE}, got {grad_reduce!r}")
     already = sites(model)
     if already:
-        raise ValueError(
-            f"epops.parallelize: model: {len(already)} experts modules are sharded already (the first is {next(iter(already))!r}); "
-            "call it once a model"
-        )
+        raise ValueError(f"epops.parallelize: model: {next(iter(already))!r} is sharded already; call it once a model")
     plans = _plan(model)
     _shard(model, plans, group, mean=grad_reduce == "mean")
     synchronize_generate(model, group)
@@ -70,17 +69,10 @@ def _plan(model: nn.Module) -> dict[str, Plan]:
             plans[name] = adapter.plan(module, name)
     left = [line for path, line in survey.experts.items() if not any(_covers(done, path) for done in plans)]
     if left:
-        raise NotUnderstoodError(
-            "epops.parallelize: model: routed experts that no adapter understands: "
-            + "; ".join(left[:4])
-            + (f"; and {len(left) - 4} more" if len(left) > 4 else "")
-            + "; write an epops.models.Adapter for the block and pass it to epops.register_adapter"
-        )
+        more = f"; and {len(left) - 4} more" if len(left) > 4 else ""
+        raise refuse("model", "routed experts that no adapter understands: " + "; ".join(left[:4]) + more)
     if not plans:
-        raise NotUnderstoodError(
-            f"epops.parallelize: model: no routed experts in {type(model).__name__}: {survey.summary}; pass an MoE model, or write "
-            "an epops.models.Adapter for its block and pass it to epops.register_adapter"
-        )
+        raise refuse("model", f"no routed experts in {type(model).__name__}: {survey.summary}")
     return plans
 
 
@@ -105,9 +97,10 @@ def _shard(model: nn.Module, plans: dict[str, Plan], group: Any, *, mean: bool) 
             mean=mean,
             serving=serving(group),
             shards=plan.shards,
+            names=plan.names,
         )
         module.__dict__[ATTRIBUTE] = site
-        shard_in_place(module, group.rank, plan.names, done)
+        shard_in_place(module, group.rank, done)
         plan.install(module)
-        state_dict.install(module, group, plan)
+        state_dict.install(module, group)
         remember(module)

@@ -43,18 +43,17 @@ def owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     return module.get_submodule(parent), name
 
 
-def shard_in_place(module: nn.Module, rank: int, names: dict[str, tuple[str, ...]], done: dict[int, Tensor]) -> None:
+def shard_in_place(module: nn.Module, rank: int, done: dict[int, Tensor]) -> None:
     """Replace every tensor that the module's site names by this rank's rows of it.
 
-    ``names``: stacked tensor → the experts' own tensors that it is put together from.  ``done`` maps the id of a tensor
-    that was sharded before to what took its place, so that a tensor tied into two modules stays one tensor. (All tensors
-    to shard are alive when the first one is sharded, so their ids differ.)
+    ``done`` maps the id of a tensor that was sharded before to what took its place, so that a tensor tied into two modules
+    stays one tensor. (All tensors to shard are alive when the first one is sharded, so their ids differ.)
     """
     site = site_of(module)
     assert site is not None
     for path, shard in site.shards.items():
-        if path in names:
-            sources = [module.get_parameter(name) for name in names[path]]
+        if path in site.names:
+            sources = [module.get_parameter(name) for name in site.names[path]]
             key = id(sources[0])
             if key not in done:
                 lo, hi = local_range(shard, site, rank)

@@ -72,6 +72,8 @@ class Site:
     serving: Serving
     shards: dict[str, Shard] = dataclasses.field(default_factory=dict)
     """Names of parameters and buffers, relative to the module, that hold this rank's experts."""
+    names: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Of those, tensors stacked from experts that are modules of their own → the unsharded layout's names, by expert."""
 
     @property
     def scale(self) -> float:

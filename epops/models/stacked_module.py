@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .adapter import NotUnderstoodError
+from .adapter import refuse
 from .experts import Rows, bias, linear
 
 TRANSPOSES = ("t", "transpose", "mT", "T")
@@ -38,15 +38,13 @@ def trace(expert: nn.Module, where: str) -> fx.GraphModule:
     try:
         graph = _Tracer().trace(expert)
     except Exception as error:
-        raise NotUnderstoodError(
-            f"epops.parallelize: {where}: the expert {type(expert).__name__} cannot be traced ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else error!r}); write an epops.models.Adapter for its block"
-        ) from error
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise refuse(where, f"the expert {type(expert).__name__} cannot be traced: {said}") from error
     root = copy.copy(expert)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
-        raise NotUnderstoodError(
-            f"epops.parallelize: {where}: the expert {type(expert).__name__} takes {len(inputs)} arguments; expected one, the rows"
+        raise refuse(
+            where, f"expected an expert of one argument, its rows; {type(expert).__name__} takes {len(inputs)}"
         )
     with graph.inserting_before(inputs[0]):
         rows = graph.placeholder("rows")
@@ -70,10 +68,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, rows: fx.Node, expert: nn.Module, w
         if not held:
             return
         if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-            raise NotUnderstoodError(
-                f"epops.parallelize: {where}.{node.target}: expected nn.Linear in an expert, got {type(module).__name__} with "
-                f"{len(held)} parameters; write an epops.models.Adapter for its block"
-            )
+            found = f"{type(module).__name__} with {len(held)} parameters"
+            raise refuse(where, f"expected nn.Linear at {node.target} of an expert, got {found}")
         with graph.inserting_before(node):
             weight = graph.get_attr(f"{node.target}.weight")
             offset = graph.get_attr(f"{node.target}.bias") if module.bias is not None else None
@@ -103,9 +99,9 @@ def _rewrite_parameter(graph: fx.Graph, node: fx.Node, rows: fx.Node, expert: nn
             with graph.inserting_before(user):
                 user.replace_input_with(node, graph.call_function(gathered, (rows, node)))
         else:
-            raise NotUnderstoodError(
-                f"epops.parallelize: {where}.{node.target}: a {tuple(value.shape)} parameter is used by {user.target}; expected a "
-                "matrix product with rows; write an epops.models.Adapter for its block"
+            shape = tuple(value.shape)
+            raise refuse(
+                where, f"expected the {shape} parameter {node.target} in a product with rows, got {user.target}"
             )
 
 
@@ -149,7 +145,7 @@ def set_parameter(root: nn.Module, path: str, value: nn.Parameter) -> None:
 def prove(graph: fx.GraphModule, experts: list[nn.Module], where: str) -> None:
     """Run the graph, with the first experts stacked, and the experts themselves on random rows; raise if they differ."""
     samples = [sample(expert) for expert in experts[:2]]
-    hidden = _input_size(graph, samples[0])
+    hidden = _input_size(graph, samples[0], where)
     counts = [3, 2][: len(samples)]
     x = torch.randn(sum(counts), hidden, generator=torch.Generator().manual_seed(0))
     stacked = fx.GraphModule(copy.deepcopy(samples[0]), graph.graph)
@@ -161,11 +157,10 @@ def prove(graph: fx.GraphModule, experts: list[nn.Module], where: str) -> None:
     with torch.no_grad():
         got = stacked(Rows(x, torch.ones(len(x)), slots, ends))
         expected = torch.cat([s(part) for s, part in zip(samples, x.split(counts))])
-    if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
-        raise NotUnderstoodError(
-            f"epops.parallelize: {where}: the expert {type(experts[0]).__name__} over grouped rows differs from the expert itself; "
-            "write an epops.models.Adapter for its block"
-        )
+    if got.shape != expected.shape or not torch.allclose(
+        got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    ):
+        raise refuse(where, f"the expert {type(experts[0]).__name__} over grouped rows differs from the expert itself")
 
 
 def sample(module: nn.Module) -> nn.Module:
@@ -180,7 +175,8 @@ def sample(module: nn.Module) -> nn.Module:
                 owner._parameters[name] = nn.Parameter(_thin(tensor, generator))
         for name, tensor in list(owner._buffers.items()):
             if tensor is not None:
-                owner._buffers[name] = _thin(tensor, generator) if tensor.is_floating_point() else torch.zeros(tensor.shape, dtype=tensor.dtype)
+                zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                owner._buffers[name] = _thin(tensor, generator) if tensor.is_floating_point() else zeros
     return copied.eval()
 
 
@@ -191,14 +187,14 @@ def _thin(like: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.randn((*like.shape[:-1], 1), generator=generator) * like.shape[-1] ** -0.5).expand(like.shape)
 
 
-def _input_size(graph: fx.GraphModule, expert: nn.Module) -> int:
+def _input_size(graph: fx.GraphModule, expert: nn.Module, where: str) -> int:
     """Columns of the rows: what the first product with them takes."""
     x = next(node for node in graph.graph.nodes if node.target is getattr and node.args[1] == "x")
     for node in graph.graph.nodes:
         if node.target is linear and node.args[1] is x:
             weight = expert.get_parameter(str(node.args[2].target))
             return weight.shape[0] if node.kwargs.get("transposed") else weight.shape[1]
-    raise NotUnderstoodError("epops.parallelize: an expert's input goes into no linear layer; write an epops.models.Adapter")
+    raise refuse(where, f"the input of the expert {type(expert).__name__} goes into no linear layer")
 
 
 class StackedExperts:
@@ -213,23 +209,15 @@ class StackedExperts:
         kinds = {type(module).__name__ for module in modules}
         shapes = [{n: tuple(p.shape) for n, p in module.named_parameters()} for module in modules]
         if len(kinds) > 1 or any(shape != shapes[0] for shape in shapes):
-            raise NotUnderstoodError(
-                f"epops.parallelize: {where}: expected experts of one class and shape, got {sorted(kinds)} with parameters "
-                f"{[shape for i, shape in enumerate(shapes) if shape not in shapes[:i]][:2]}; write an epops.models.Adapter"
-            )
+            found = [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]][:2]
+            raise refuse(where, f"expected experts of one class and shape, got {sorted(kinds)} with parameters {found}")
         if any(True for _ in modules[0].buffers()):
-            raise NotUnderstoodError(
-                f"epops.parallelize: {where}: the expert {type(modules[0]).__name__} has buffers, which cannot be stacked; write an "
-                "epops.models.Adapter for its block"
-            )
+            raise refuse(where, f"the expert {type(modules[0]).__name__} has buffers, which cannot be stacked")
         self.graph = trace(modules[0], where)
         self.parameters = parameter_names(self.graph)
         unread = sorted(set(shapes[0]) - set(self.parameters))
         if unread:
-            raise NotUnderstoodError(
-                f"epops.parallelize: {where}: the expert's forward does not read its parameters {unread}; write an "
-                "epops.models.Adapter for its block"
-            )
+            raise refuse(where, f"the expert's forward does not read its parameters {unread}")
         prove(self.graph, modules, where)
 
     def names(self) -> dict[str, tuple[str, ...]]:

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Placement
 
-from .adapter import Plan
 from .shard import local_range, slice_of
 from .site import Shard, Site, site_of
 
@@ -33,9 +32,9 @@ def mesh_of(group: Any) -> DeviceMesh | None:
     return _meshes[group.name]
 
 
-def install(module: nn.Module, group: Any, plan: Plan) -> None:
+def install(module: nn.Module, group: Any) -> None:
     """Put the hooks on one experts module.  They hold the rank and the mesh, so that they outlive the group."""
-    rank, mesh, names = group.rank, mesh_of(group), plan.names
+    rank, mesh = group.rank, mesh_of(group)
 
     def save(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         site = site_of(module)
@@ -45,9 +44,9 @@ def install(module: nn.Module, group: Any, plan: Plan) -> None:
             if local is None:
                 continue
             lo, hi = local_range(shard, site, rank)
-            if path in names:
+            if path in site.names:
                 del state[prefix + path]
-                state.update({prefix + name: local[slot] for slot, name in enumerate(names[path][lo:hi])})
+                state.update({prefix + name: local[slot] for slot, name in enumerate(site.names[path][lo:hi])})
             else:
                 state[prefix + path] = _whole(local[: hi - lo], shard, site, mesh)
 
@@ -55,8 +54,8 @@ def install(module: nn.Module, group: Any, plan: Plan) -> None:
         site = site_of(module)
         assert site is not None
         for path, shard in site.shards.items():
-            if path in names:
-                _load_named(module, state, prefix, path, names[path], local_range(shard, site, rank))
+            if path in site.names:
+                _load_named(module, state, prefix, path, site.names[path], local_range(shard, site, rank))
             elif state.get(prefix + path) is not None:
                 state[prefix + path] = _rows(state[prefix + path], shard, site, rank)
 
@@ -72,7 +71,11 @@ def _is_chunked(shard: Shard, site: Site) -> bool:
 def _whole(local: Tensor, shard: Shard, site: Site, mesh: DeviceMesh | None) -> Tensor:
     """This rank's rows as (part of) the unsharded tensor."""
     if mesh is None:
-        return torch.cat([local, local.new_zeros((shard.full_rows - shard.rows, *local.shape[1:]))]) if shard.whole else local
+        return (
+            torch.cat([local, local.new_zeros((shard.full_rows - shard.rows, *local.shape[1:]))])
+            if shard.whole
+            else local
+        )
     shape = torch.Size((shard.rows, *local.shape[1:]))
     if _is_chunked(shard, site):
         stride = torch.empty(shape, device="meta").stride()
@@ -84,7 +87,10 @@ def _whole(local: Tensor, shard: Shard, site: Site, mesh: DeviceMesh | None) -> 
     padded[: local.shape[0]].copy_(local)
     everything = [torch.empty_like(padded) for _ in range(site.ep_size)]
     torch.distributed.all_gather(everything, padded, group=mesh.get_group())
-    everything = [torch.cat(everything)[: shard.rows], local.new_zeros((shard.full_rows - shard.rows, *local.shape[1:]))]
+    everything = [
+        torch.cat(everything)[: shard.rows],
+        local.new_zeros((shard.full_rows - shard.rows, *local.shape[1:])),
+    ]
     return torch.cat(everything)
 
 

@@ -26,9 +26,14 @@ def found(model: nn.Module) -> Survey:
             experts[path] = f"{path or 'the model itself'}: {line}"
         if _is_peft(module) and "expert" in path:
             peft = peft or f"{path}: {type(module).__module__}.{type(module).__name__}"
-    lists = [f"{path} ({len(m)} × {type(next(iter(m))).__name__})" for path, m in model.named_modules()
-             if isinstance(m, nn.ModuleList) and len(m)]
-    summary = f"its module lists are {', '.join(lists[:6])}" if lists else "it has no module lists and no stacked experts"
+    lists = [
+        f"{path} ({len(m)} × {type(next(iter(m))).__name__})"
+        for path, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m)
+    ]
+    summary = (
+        f"its module lists are {', '.join(lists[:6])}" if lists else "it has no module lists and no stacked experts"
+    )
     return Survey(experts, peft, summary)
 
 

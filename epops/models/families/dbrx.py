@@ -16,7 +16,9 @@ class Dbrx(Family):
     def plan(self, module: nn.Module, name: str) -> Plan:
         experts, unit = module.num_experts, module.ffn_hidden_size
         shard = Shard(experts * unit, unit)
-        return Plan(experts, {f"mlp.{w}": shard for w in ("w1", "v1", "w2")}, lambda m: set_method(m, "forward", forward))
+        return Plan(
+            experts, {f"mlp.{w}": shard for w in ("w1", "v1", "w2")}, lambda m: set_method(m, "forward", forward)
+        )
 
 
 def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
