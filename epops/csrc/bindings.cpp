@@ -1,0 +1,196 @@
+// The pybind11 module epops._C: parameter structs as Python objects, and the launches. No torch headers: tensors come as
+// addresses, streams as integers, so one build serves every torch of the same CUDA major version.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "params.h"
+
+#ifndef EPOPS_CUDA_ARCHS
+#define EPOPS_CUDA_ARCHS ""
+#endif
+
+namespace py = pybind11;
+using namespace epops;
+
+namespace {
+
+void check(int error, const char* op) {
+  if (error == cudaSuccess) return;
+  std::string text = std::string("epops.") + op + ": the kernel could not be launched: " +
+                     cudaGetErrorString(static_cast<cudaError_t>(error));
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    text += std::string("; epops was built for ") + EPOPS_CUDA_ARCHS +
+            ", not for this GPU: build it again on this machine, or with EPOPS_CUDA_ARCHS";
+  }
+  (void)cudaGetLastError();
+  throw std::runtime_error(text);
+}
+
+// An address member as an int in Python; None is null.
+template <class C, class T>
+void address(py::class_<C>& cls, const char* name, T* C::*member) {
+  cls.def_property(
+      name, [member](const C& self) { return reinterpret_cast<uintptr_t>(self.*member); },
+      [member](C& self, uintptr_t value) { self.*member = reinterpret_cast<T*>(value); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "CUDA kernels of epops: dispatch, combine and their gradients over peer-mapped memory";
+  m.attr("cuda_archs") = EPOPS_CUDA_ARCHS;
+  m.attr("cuda_version") = CUDART_VERSION;
+  m.attr("max_ranks") = kMaxRanks;
+  m.attr("max_top_k") = kMaxTopK;
+  m.attr("max_slots") = kMaxSlots;
+  m.attr("max_tokens") = kMaxTokens;
+
+  py::class_<Workspace> ws(m, "Workspace");
+  ws.def(py::init([] { return Workspace{}; }))
+      .def_readwrite("rank", &Workspace::rank)
+      .def_readwrite("num_ranks", &Workspace::num_ranks)
+      .def_readwrite("max_tokens", &Workspace::max_tokens)
+      .def_readwrite("max_top_k", &Workspace::max_top_k)
+      .def_readwrite("max_slots", &Workspace::max_slots)
+      .def_readwrite("data_bytes", &Workspace::data_bytes)
+      .def_readwrite("timeout_ns", &Workspace::timeout_ns)
+      .def("layout", [](Workspace& self) { return layout_workspace(self); })
+      .def("set_peers", [](Workspace& self, const std::vector<uint64_t>& peers) {
+        for (size_t i = 0; i < peers.size() && i < kMaxRanks; ++i) self.base[i] = peers[i];
+      });
+  address(ws, "error_host", &Workspace::error_host);
+
+  py::class_<Launch>(m, "Launch")
+      .def(py::init([] { return Launch{}; }))
+      .def_readwrite("num_blocks", &Launch::num_blocks)
+      .def_readwrite("num_senders", &Launch::num_senders)
+      .def_readwrite("num_threads", &Launch::num_threads)
+      .def_readwrite("group_warps", &Launch::group_warps)
+      .def_readwrite("warps_per_token", &Launch::warps_per_token)
+      .def_readwrite("dynamic", &Launch::dynamic)
+      .def_readwrite("phases", &Launch::phases)
+      .def_readwrite("pdl", &Launch::pdl);
+
+  py::class_<Quant>(m, "Quant")
+      .def(py::init([] { return Quant{}; }))
+      .def_readwrite("block", &Quant::block)
+      .def_readwrite("format", &Quant::format)
+      .def_readwrite("math", &Quant::math)
+      .def_readwrite("eps_on_scale", &Quant::eps_on_scale)
+      .def_readwrite("clamp", &Quant::clamp)
+      .def_readwrite("e5m2", &Quant::e5m2)
+      .def_readwrite("eps", &Quant::eps)
+      .def_readwrite("top", &Quant::top);
+
+  py::class_<DispatchParams> d(m, "DispatchParams");
+  d.def(py::init([] { return DispatchParams{}; }))
+      .def_readwrite("ws", &DispatchParams::ws)
+      .def_readwrite("launch", &DispatchParams::launch)
+      .def_readwrite("quant", &DispatchParams::quant)
+      .def_readwrite("scale_token_stride", &DispatchParams::scale_token_stride)
+      .def_readwrite("scale_block_stride", &DispatchParams::scale_block_stride)
+      .def_readwrite("out_scale_row_stride", &DispatchParams::out_scale_row_stride)
+      .def_readwrite("out_scale_block_stride", &DispatchParams::out_scale_block_stride)
+      .def_readwrite("x_dtype", &DispatchParams::x_dtype)
+      .def_readwrite("idx64", &DispatchParams::idx64)
+      .def_readwrite("num_tokens", &DispatchParams::num_tokens)
+      .def_readwrite("max_tokens", &DispatchParams::max_tokens)
+      .def_readwrite("top_k", &DispatchParams::top_k)
+      .def_readwrite("num_experts", &DispatchParams::num_experts)
+      .def_readwrite("num_slots", &DispatchParams::num_slots)
+      .def_readwrite("capacity", &DispatchParams::capacity)
+      .def_readwrite("alignment", &DispatchParams::alignment)
+      .def_readwrite("layout", &DispatchParams::layout)
+      .def_readwrite("lane", &DispatchParams::lane)
+      .def_readwrite("hidden", &DispatchParams::hidden)
+      .def_readwrite("row_bytes", &DispatchParams::row_bytes)
+      .def_readwrite("num_scales", &DispatchParams::num_scales)
+      .def_readwrite("wire_scale_bytes", &DispatchParams::wire_scale_bytes)
+      .def_readwrite("out_scale_bytes", &DispatchParams::out_scale_bytes)
+      .def_readwrite("record_bytes", &DispatchParams::record_bytes)
+      .def_readwrite("call_hash", &DispatchParams::call_hash)
+      .def("shared_bytes", &dispatch_shared_bytes);
+  address(d, "x", &DispatchParams::x);
+  address(d, "x_scales", &DispatchParams::x_scales);
+  address(d, "topk_idx", &DispatchParams::topk_idx);
+  address(d, "topk_weights", &DispatchParams::topk_weights);
+  address(d, "expert_slot", &DispatchParams::expert_slot);
+  address(d, "mask", &DispatchParams::mask);
+  address(d, "rows", &DispatchParams::rows);
+  address(d, "scales", &DispatchParams::scales);
+  address(d, "row_weights", &DispatchParams::row_weights);
+  address(d, "row_expert", &DispatchParams::row_expert);
+  address(d, "row_source", &DispatchParams::row_source);
+  address(d, "expert_counts", &DispatchParams::expert_counts);
+  address(d, "expert_ends", &DispatchParams::expert_ends);
+  address(d, "route", &DispatchParams::route);
+  address(d, "status", &DispatchParams::status);
+
+  py::class_<CombineParams> c(m, "CombineParams");
+  c.def(py::init([] { return CombineParams{}; }))
+      .def_readwrite("ws", &CombineParams::ws)
+      .def_readwrite("launch", &CombineParams::launch)
+      .def_readwrite("out_scale", &CombineParams::out_scale)
+      .def_readwrite("addend_scale", &CombineParams::addend_scale)
+      .def_readwrite("in_dtype", &CombineParams::in_dtype)
+      .def_readwrite("out_dtype", &CombineParams::out_dtype)
+      .def_readwrite("num_tokens", &CombineParams::num_tokens)
+      .def_readwrite("max_tokens", &CombineParams::max_tokens)
+      .def_readwrite("top_k", &CombineParams::top_k)
+      .def_readwrite("num_experts", &CombineParams::num_experts)
+      .def_readwrite("num_slots", &CombineParams::num_slots)
+      .def_readwrite("num_rows", &CombineParams::num_rows)
+      .def_readwrite("hidden", &CombineParams::hidden)
+      .def_readwrite("rank_layout", &CombineParams::rank_layout)
+      .def_readwrite("record_bytes", &CombineParams::record_bytes)
+      .def_readwrite("call_hash", &CombineParams::call_hash);
+  address(c, "y", &CombineParams::y);
+  address(c, "row_weights", &CombineParams::row_weights);
+  address(c, "grad_row_weights", &CombineParams::grad_row_weights);
+  address(c, "addend", &CombineParams::addend);
+  address(c, "route", &CombineParams::route);
+  address(c, "out", &CombineParams::out);
+  address(c, "grad_topk_weights", &CombineParams::grad_topk_weights);
+  address(c, "status", &CombineParams::status);
+
+  py::class_<ScatterParams> s(m, "ScatterParams");
+  s.def(py::init([] { return ScatterParams{}; }))
+      .def_readwrite("ws", &ScatterParams::ws)
+      .def_readwrite("launch", &ScatterParams::launch)
+      .def_readwrite("out_scale", &ScatterParams::out_scale)
+      .def_readwrite("grad_scale", &ScatterParams::grad_scale)
+      .def_readwrite("grad_dtype", &ScatterParams::grad_dtype)
+      .def_readwrite("y_dtype", &ScatterParams::y_dtype)
+      .def_readwrite("num_tokens", &ScatterParams::num_tokens)
+      .def_readwrite("max_tokens", &ScatterParams::max_tokens)
+      .def_readwrite("top_k", &ScatterParams::top_k)
+      .def_readwrite("num_experts", &ScatterParams::num_experts)
+      .def_readwrite("num_slots", &ScatterParams::num_slots)
+      .def_readwrite("num_rows", &ScatterParams::num_rows)
+      .def_readwrite("hidden", &ScatterParams::hidden)
+      .def_readwrite("rank_layout", &ScatterParams::rank_layout)
+      .def_readwrite("record_bytes", &ScatterParams::record_bytes)
+      .def_readwrite("call_hash", &ScatterParams::call_hash);
+  address(s, "grad_out", &ScatterParams::grad_out);
+  address(s, "y", &ScatterParams::y);
+  address(s, "row_weights", &ScatterParams::row_weights);
+  address(s, "route", &ScatterParams::route);
+  address(s, "grad_y", &ScatterParams::grad_y);
+  address(s, "grad_row_weights", &ScatterParams::grad_row_weights);
+  address(s, "status", &ScatterParams::status);
+
+  m.def("launch_dispatch", [](const DispatchParams& p, uintptr_t stream) {
+    check(launch_dispatch(p, reinterpret_cast<void*>(stream)), "dispatch");
+  });
+  m.def("launch_combine", [](const CombineParams& p, uintptr_t stream) {
+    check(launch_combine(p, reinterpret_cast<void*>(stream)), "combine");
+  });
+  m.def("launch_scatter", [](const ScatterParams& p, uintptr_t stream) {
+    check(launch_scatter(p, reinterpret_cast<void*>(stream)), "combine_backward");
+  });
+}

@@ -1,0 +1,218 @@
+// What every exchange kernel does around its rows: epochs, headers, waits that end, and the end of an op.
+#pragma once
+
+#include "params.h"
+#include "ptx.cuh"
+
+namespace epops {
+
+// At the start of a rank's memory. `progress` grows by kEpochStep an op, in shares: block 0 adds what the others leave, so
+// the epoch changes when the last block of an op is done, and no block has to wait to find out which one is the last.
+struct Control {
+  uint64_t progress;
+  uint32_t num_failed;  // blocks of this op that met a failure
+  uint32_t excluded;    // nonzero: a peer took this rank out of its mask at that epoch; peers store it
+  uint32_t work[2];     // chunks taken by groups, by parity
+  uint32_t unused[2];
+  uint32_t dead[kMaxRanks];  // 1: took too long once
+};
+constexpr uint64_t kEpochStep = 1 << 16;
+constexpr uint64_t kHeaderOffset = 4096;  // [2][kMaxRanks][4] tagged: T, hash of the call, status bits
+constexpr uint64_t kHeaderEnd = kHeaderOffset + 2 * kMaxRanks * 4 * 8;
+static_assert(sizeof(Control) <= kHeaderOffset, "the control block must fit before the headers");
+
+struct Op {
+  uint32_t epoch;
+  int parity;
+  bool excluded;
+};
+
+__device__ __forceinline__ Control* control(const Workspace& ws, int rank) {
+  return reinterpret_cast<Control*>(ws.base[rank]);
+}
+__device__ __forceinline__ uint64_t* header(const Workspace& ws, int owner, int parity, int source) {
+  return reinterpret_cast<uint64_t*>(ws.base[owner] + kHeaderOffset) + (parity * kMaxRanks + source) * 4;
+}
+__device__ __forceinline__ uint64_t* counts(const Workspace& ws, int owner, int parity, int source) {
+  return reinterpret_cast<uint64_t*>(ws.base[owner] + ws.counts_offset) +
+         static_cast<uint64_t>(parity * ws.num_ranks + source) * (ws.max_slots + 1);
+}
+__device__ __forceinline__ uint64_t* flag(const Workspace& ws, int owner, int parity, int source, int chunk) {
+  return reinterpret_cast<uint64_t*>(ws.base[owner] + ws.flags_offset) +
+         static_cast<uint64_t>(parity * ws.num_ranks + source) * ws.max_tokens + chunk;
+}
+__device__ __forceinline__ uint2* entries(const Workspace& ws, int owner, int parity, int source, int token) {
+  return reinterpret_cast<uint2*>(ws.base[owner] + ws.entries_offset) +
+         (static_cast<uint64_t>(parity * ws.num_ranks + source) * ws.max_tokens + token) * ws.max_top_k;
+}
+// Slot of `token` of rank `source` in the memory of `owner`; a rank keeps no slots for itself.
+__device__ __forceinline__ uint8_t* record(const Workspace& ws, int owner, int parity, int source, int token,
+                                           int max_tokens, int record_bytes) {
+  const uint64_t index = static_cast<uint64_t>(source < owner ? source : source - 1) * max_tokens + token;
+  return reinterpret_cast<uint8_t*>(ws.base[owner] + ws.data_offset) + parity * ws.data_bytes + index * record_bytes;
+}
+
+__device__ __forceinline__ uint64_t tagged(uint32_t epoch, uint32_t value) {
+  return static_cast<uint64_t>(epoch) << 32 | value;
+}
+
+// Every block reads the epoch for itself; blocks of one op agree, for `progress` reaches the next epoch only with the last.
+__device__ __forceinline__ Op begin_op(const Workspace& ws) {
+  Control* here = control(ws, ws.rank);
+  Op op;
+  op.epoch = static_cast<uint32_t>(ld_relaxed_gpu(&here->progress) / kEpochStep) + 1;
+  op.parity = op.epoch & 1;
+  op.excluded = ld_relaxed_sys(&here->excluded) != 0;
+  return op;
+}
+
+__device__ __forceinline__ bool is_dead(const Workspace& ws, int rank) {
+  return ld_relaxed_sys(&control(ws, ws.rank)->dead[rank]) != 0;
+}
+
+// Errors go straight to a word that the host reads whenever it likes; the first one's particulars stay until it has.
+inline __device__ __noinline__ void report(const Workspace& ws, int bits, int peer, int phase, uint32_t epoch) {
+  if (ws.error_host == nullptr) return;
+  volatile int32_t* host = ws.error_host;
+  if (host[0] == 0) {
+    host[1] = peer;
+    host[2] = phase;
+    host[3] = epoch;
+    __threadfence_system();
+  }
+  atomicOr_system(ws.error_host, bits);
+}
+
+// A word of this op, or false: the peer is out of the mask, or this rank is. The first to run out of time takes the peer
+// out, for every wait that follows, and tells the peer.
+inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint64_t* word, uint32_t epoch, int peer, int phase,
+                                         uint32_t* value) {
+  Control* here = control(ws, ws.rank);
+  const uint64_t start = global_timer_ns();
+  for (uint32_t spin = 1;; ++spin) {
+    const uint64_t now = ld_acquire_sys(word);
+    const uint32_t tag = static_cast<uint32_t>(now >> 32);
+    if (tag == epoch) {
+      *value = static_cast<uint32_t>(now);
+      return true;
+    }
+    if (static_cast<int32_t>(tag - epoch) > 0) {  // the others are in a later op: they went on without this rank
+      report(ws, kExcluded, peer, phase, epoch);
+      return false;
+    }
+    if (spin % 64 == 0) {
+      if (ld_relaxed_sys(&here->dead[peer]) != 0) return false;
+      if (ld_relaxed_sys(&here->excluded) != 0) {
+        report(ws, kExcluded, peer, phase, epoch);
+        return false;
+      }
+      if (global_timer_ns() - start > ws.timeout_ns) {
+        if (atomicExch(&here->dead[peer], 1u) == 0) {
+          report(ws, kTimeout, peer, phase, epoch);
+          st_relaxed_sys(&control(ws, peer)->excluded, epoch);
+        }
+        return false;
+      }
+    }
+  }
+}
+
+// [A] acquires what post_flag or post_words [A] on the peer released.
+__device__ __forceinline__ bool wait_word(const Workspace& ws, const uint64_t* word, uint32_t epoch, int peer, int phase,
+                                          uint32_t* value) {
+  const uint64_t now = ld_acquire_sys(word);
+  *value = static_cast<uint32_t>(now);
+  if (static_cast<uint32_t>(now >> 32) == epoch) return true;
+  *value = 0;
+  return wait_slowly(ws, word, epoch, peer, phase, value);
+}
+
+// Three words that open an op; a call that waits for no rows still waits for these, so that no rank runs two ops ahead.
+__device__ __forceinline__ void post_header(const Workspace& ws, const Op& op, int peer, int num_tokens, uint32_t hash,
+                                            int bits) {
+  uint64_t* words = header(ws, peer, op.parity, ws.rank);
+  st_relaxed_sys(&words[0], tagged(op.epoch, num_tokens));
+  st_relaxed_sys(&words[1], tagged(op.epoch, hash));
+  st_relaxed_sys(&words[2], tagged(op.epoch, bits));
+}
+
+// Waits for a peer's header. False, with `bits` raised, if it did not come or does not fit this call.
+__device__ __forceinline__ bool wait_header(const Workspace& ws, const Op& op, int peer, uint32_t hash, int* num_tokens,
+                                            int* bits) {
+  const uint64_t* words = header(ws, ws.rank, op.parity, peer);
+  uint32_t tokens, theirs, flags;
+  if (!wait_word(ws, &words[0], op.epoch, peer, kPhaseHeader, &tokens) ||
+      !wait_word(ws, &words[1], op.epoch, peer, kPhaseHeader, &theirs) ||
+      !wait_word(ws, &words[2], op.epoch, peer, kPhaseHeader, &flags)) {
+    *bits |= ld_relaxed_sys(&control(ws, ws.rank)->excluded) != 0 ? kExcluded : kTimeout;
+    return false;
+  }
+  *bits |= flags;
+  if (theirs != hash) {
+    *bits |= kDisagree;
+    report(ws, kDisagree, peer, kPhaseHeader, op.epoch);
+    return false;
+  }
+  *num_tokens = tokens;
+  return true;
+}
+
+// Every rank opens every op with a header to every peer, and ends it only when it has theirs: see Workspace.
+template <class Params>
+__device__ __forceinline__ void close_headers(const Params& p, const Op& op, bool good_route, int* bits,
+                                              int* failed) {
+  if (blockIdx.x != 0) return;
+  if (threadIdx.x == 0) *bits = good_route ? 0 : kBadRoute;
+  __syncthreads();
+  for (int peer = threadIdx.x; peer < p.ws.num_ranks; peer += blockDim.x) {
+    int tokens = 0, found = 0;
+    if (op.excluded) {
+      found = kExcluded;
+    } else if (peer != p.ws.rank && !is_dead(p.ws, peer)) {
+      if (!wait_header(p.ws, op, peer, p.call_hash, &tokens, &found)) *failed = 1;
+    }
+    if (found != 0) atomicOr(bits, found);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int32_t words[8] = {*bits, 0, 0, 0, 0, -1, static_cast<int32_t>(op.epoch & 0x7fffffff), 0};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) p.status[i] = words[i];
+    if (*bits != 0) report(p.ws, *bits, -1, kPhaseHeader, op.epoch);
+  }
+}
+
+// The last thing a block does. `mend` runs in one block, after all others are done, when a peer was lost on the way.
+template <class Mend>
+__device__ __forceinline__ void end_op(const Workspace& ws, const Op& op, int* failed_here, Mend mend) {
+  __shared__ uint32_t order;
+  Control* here = control(ws, ws.rank);
+  const uint64_t share = blockIdx.x == 0 ? kEpochStep - (gridDim.x - 1) : 1;
+  __syncthreads();
+  if (*failed_here != 0) {
+    if (threadIdx.x == 0) {
+      order = atomicAdd(&here->num_failed, 1u);
+      if (order == 0) {
+        const uint64_t others = static_cast<uint64_t>(op.epoch) * kEpochStep - share;
+        while (ld_relaxed_gpu(&here->progress) != others) {
+        }
+        // Blocks do not fence before they sign off, which would cost every op a microsecond. After a timeout there is time:
+        // what they stored has long landed when this has passed.
+        const uint64_t start = global_timer_ns();
+        while (global_timer_ns() - start < 200000) {
+        }
+        __threadfence();
+        here->num_failed = 0;
+      }
+    }
+    __syncthreads();
+    if (order == 0) mend();
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    if (blockIdx.x == 0) here->work[op.parity ^ 1] = 0;  // of the next op; nobody else looks at it now
+    atomicAdd(reinterpret_cast<unsigned long long*>(&here->progress), static_cast<unsigned long long>(share));
+  }
+}
+
+}  // namespace epops

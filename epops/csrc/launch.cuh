@@ -1,0 +1,31 @@
+// How a kernel is put on a stream.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "params.h"
+
+namespace epops {
+
+template <class Params>
+int launch_kernel(void (*kernel)(Params), const Params& p, const Launch& launch, uint64_t shared_bytes,
+                  cudaStream_t stream) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(launch.num_blocks);
+  config.blockDim = dim3(launch.num_threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = launch.pdl != 0 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+}  // namespace epops

@@ -1,0 +1,155 @@
+// What the host hands to the kernels: plain structs, shared by every translation unit. No torch headers here.
+// Words are those of epops/layout.py: T tokens here, M max_tokens, K top_k, E experts, L slots a rank, R ranks, C capacity.
+#pragma once
+
+#include <cstdint>
+
+namespace epops {
+
+constexpr int kMaxRanks = 128;
+constexpr int kMaxTopK = 32;
+constexpr int kDispatchThreads = 1024;
+constexpr int kCombineThreads = 512;  // fewer, with twice the registers: more rows in flight a thread
+constexpr int kMaxGroups = 8;         // groups of warps in a block; each has a named barrier
+constexpr int kPlaceEntries = 2048;   // selections whose places a block keeps in shared memory at a time
+constexpr int kMaxSlots = 4096;       // an entry packs the slot in 12 bits and the position in 20
+constexpr int kMaxTokens = 1 << 20;
+
+// One rank's memory, mapped by all peers, zero before the first op. The same offsets on every rank. Tagged areas (headers,
+// counts, flags) hold 64-bit words {epoch, value} and are never used for anything else, so that what an earlier op left
+// there cannot be taken for this op's. Everything but the control block exists twice: op s uses copy s % 2. A rank that
+// sees a word of op s from a peer knows that the peer has finished op s - 1, so copy (s + 1) % 2 there is free to write.
+struct Workspace {
+  uint64_t base[kMaxRanks];
+  uint64_t counts_offset;   // [2][R][max_slots + 1] tagged
+  uint64_t flags_offset;    // [2][R][max_tokens] tagged, one a chunk of tokens
+  uint64_t entries_offset;  // [2][R][max_tokens][max_top_k] 8 bytes
+  uint64_t data_offset;     // [2][R - 1][M] records
+  uint64_t data_bytes;      // of one copy
+  uint64_t timeout_ns;
+  int32_t* error_host;  // (8,) pinned, or null: bits, peer, phase, epoch
+  int32_t rank;
+  int32_t num_ranks;
+  int32_t max_tokens;
+  int32_t max_top_k;
+  int32_t max_slots;
+};
+
+// How an op is laid over the chip, from M alone. A group of `group_warps` warps handles a chunk of
+// `group_warps / warps_per_token` tokens; the chunk is also what one flag covers, so it is equal on all ranks.
+struct Launch {
+  int32_t num_blocks;
+  int32_t num_senders;  // the first blocks send, then help with the rest
+  int32_t num_threads;
+  int32_t group_warps;
+  int32_t warps_per_token;
+  int32_t dynamic;  // groups take chunks from a counter, as they come free
+  int32_t phases;   // 1 send, 2 receive, 3 both
+  int32_t pdl;
+};
+
+enum Layout : int32_t { kExpert = 0, kRank = 1, kBatched = 2 };
+enum ScaleFormat : int32_t { kFloat32 = 0, kUe8m0 = 1, kFloat32Pow2 = 2 };
+enum ScaleMath : int32_t { kDivide = 0, kMultiply = 1, kReciprocal = 2, kReciprocalExact = 3 };
+enum DType : int32_t { kBf16 = 0, kFp16 = 1, kFp32 = 2, kBytes = 3 };
+
+struct Quant {
+  int32_t block;  // channels to a scale; 0 the whole row
+  int32_t format;
+  int32_t math;
+  int32_t eps_on_scale;
+  int32_t clamp;
+  int32_t e5m2;
+  float eps;
+  float top;
+};
+
+struct DispatchParams {
+  Workspace ws;
+  Launch launch;
+  Quant quant;
+  const void* x;         // (T, H)
+  const void* x_scales;  // (T, num_scales) or null
+  const void* topk_idx;  // (T, K)
+  const float* topk_weights;
+  const int64_t* expert_slot;  // (E,)
+  const int64_t* mask;         // (R,)
+  uint8_t* rows;
+  uint8_t* scales;
+  float* row_weights;
+  int32_t* row_expert;
+  int32_t* row_source;
+  int32_t* expert_counts;
+  int32_t* expert_ends;
+  int32_t* route;
+  int32_t* status;
+  int64_t scale_token_stride, scale_block_stride;  // of x_scales, in elements
+  int64_t out_scale_row_stride, out_scale_block_stride;
+  int32_t x_dtype;  // kBytes: rows travel as they are
+  int32_t idx64;
+  int32_t num_tokens, max_tokens, top_k, num_experts, num_slots, capacity, alignment, layout, lane;
+  int32_t hidden;     // elements of x
+  int32_t row_bytes;  // of a row on the wire and in `rows`
+  int32_t num_scales;
+  int32_t wire_scale_bytes, out_scale_bytes;  // of one scale; 4 or 1
+  int32_t record_bytes;
+  uint32_t call_hash;
+};
+
+struct CombineParams {
+  Workspace ws;
+  Launch launch;
+  const void* y;             // (C, H)
+  const float* row_weights;  // (C,) or null
+  const float* grad_row_weights;  // (C,) or (C, K): sent back to their tokens; null without
+  const void* addend;        // (T, H) of the out dtype, or null
+  const int32_t* route;
+  void* out;                // (T, H)
+  float* grad_topk_weights;  // (T, K)
+  int32_t* status;
+  float out_scale, addend_scale;
+  int32_t in_dtype, out_dtype;
+  int32_t num_tokens, max_tokens, top_k, num_experts, num_slots, num_rows, hidden, rank_layout;
+  int32_t record_bytes;
+  uint32_t call_hash;
+};
+
+struct ScatterParams {  // the gradient of combine: token rows out to the rows that a route names
+  Workspace ws;
+  Launch launch;
+  const void* grad_out;  // (T, H)
+  const void* y;         // (C, H), for the gradient of the weights
+  const float* row_weights;
+  const int32_t* route;
+  void* grad_y;             // (C, H), zero before
+  float* grad_row_weights;  // (C,), zero before; null without weights
+  int32_t* status;
+  float out_scale, grad_scale;
+  int32_t grad_dtype, y_dtype;
+  int32_t num_tokens, max_tokens, top_k, num_experts, num_slots, num_rows, hidden, rank_layout;
+  int32_t record_bytes;
+  uint32_t call_hash;
+};
+
+// Bits of `status`, phases of an error record: epops/layout.py and epops/transport/nvlink.py have the same.
+enum Status : int32_t {
+  kOverflow = 1,
+  kBadIndex = 2,
+  kDuplicate = 4,
+  kBadRoute = 8,
+  kDisagree = 16,
+  kTimeout = 32,
+  kExcluded = 64
+};
+enum Phase : int32_t { kPhaseHeader = 1, kPhaseCounts = 2, kPhaseRows = 3, kPhaseAnswers = 4 };
+
+// Fills the offsets of `ws` from its sizes; returns the bytes of one rank's memory.
+uint64_t layout_workspace(Workspace& ws);
+// Bytes of dynamic shared memory that the kernels need; the host compares with the device's limit.
+uint64_t dispatch_shared_bytes(const DispatchParams& p);
+// Launch on `stream`; return a cudaError_t.
+int launch_dispatch(const DispatchParams& p, void* stream);
+int launch_combine(const CombineParams& p, void* stream);
+int launch_scatter(const ScatterParams& p, void* stream);
+
+}  // namespace epops

@@ -1,0 +1,188 @@
+// The receiver's half of placement: from everybody's counts to the first row of each (source, slot).
+#pragma once
+
+#include "routing.cuh"
+
+namespace epops {
+
+// Waits for the header and counts of every rank. On return `total[source * (L + 1) + slot]` is the number of rows for the slot
+// from sources before, `tally` the rows of a slot, `start` the first row of its group; kBits gathers every rank's bits.
+__device__ __forceinline__ void wait_counts(const DispatchParams& p, const Places& s, const Op& op) {
+  const int stride = p.num_slots + 1, keys = p.ws.num_ranks * stride;
+  const int wanted = p.num_slots + (p.layout == kRank ? 1 : 0);
+  for (int source = threadIdx.x; source < p.ws.num_ranks; source += blockDim.x) {
+    int tokens = 0, bits = 0;
+    bool came = false;
+    if (op.excluded) {
+      bits = kExcluded;
+    } else if (!is_dead(p.ws, source)) {
+      came = wait_header(p.ws, op, source, p.call_hash, &tokens, &bits);
+      if (!came) s.words[kFailed] = 1;
+    }
+    s.num_tokens[source] = came ? min(tokens, p.max_tokens) : -1;
+    if (bits != 0) atomicOr(&s.words[kBits], bits);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < keys; i += blockDim.x) {
+    const int source = i / stride, slot = i % stride;
+    uint32_t value = 0;
+    if (slot < wanted && s.num_tokens[source] >= 0) {
+      if (!wait_word(p.ws, counts(p.ws, p.ws.rank, op.parity, source) + slot, op.epoch, source, kPhaseCounts, &value)) {
+        s.words[kFailed] = 1;
+        atomicOr(&s.words[kBits], kTimeout);
+        s.bits[source] = 1;  // `bits` is zero between tiles; here it names sources whose counts are not whole
+      }
+    }
+    s.total[i] = min(value, static_cast<uint32_t>(p.max_tokens));
+  }
+  __syncthreads();
+  for (int slot = threadIdx.x; slot < stride; slot += blockDim.x) {
+    uint32_t sum = 0;
+    for (int source = 0; source < p.ws.num_ranks; ++source) {
+      const uint32_t value = s.bits[source] != 0 ? 0 : s.total[source * stride + slot];
+      s.total[source * stride + slot] = sum;
+      sum += value;
+    }
+    s.tally[slot] = sum;
+  }
+  __syncthreads();
+  for (int source = threadIdx.x; source < p.ws.num_ranks; source += blockDim.x) {
+    if (s.bits[source] != 0) s.num_tokens[source] = -1;
+    s.bits[source] = 0;
+  }
+  if (threadIdx.x < 32) {  // running starts: one warp, 32 slots a step
+    const int lane = threadIdx.x;
+    int carry = 0, kept = 0;
+    for (int slot0 = 0; slot0 < p.num_slots; slot0 += 32) {
+      const int slot = slot0 + lane;
+      const int tally = slot < p.num_slots ? s.tally[slot] : 0;
+      const int width = (tally + p.alignment - 1) / p.alignment * p.alignment;
+      int end = width;
+      for (int step = 1; step < 32; step <<= 1) {
+        const int other = __shfl_up_sync(~0u, end, step);
+        if (lane >= step) end += other;
+      }
+      end += carry;
+      if (slot < p.num_slots) {
+        s.start[slot] = p.layout == kBatched ? slot * p.ws.num_ranks * p.max_tokens : end - width;
+        kept += p.layout == kExpert ? min(tally, max(0, p.capacity - (end - width))) : tally;
+      }
+      carry = __shfl_sync(~0u, end, 31);
+    }
+    for (int step = 16; step > 0; step >>= 1) kept += __shfl_xor_sync(~0u, kept, step);
+    if (lane == 0) {
+      s.start[p.num_slots] = carry;  // the last aligned end
+      if (p.layout == kRank) kept = min(s.tally[p.num_slots], p.capacity);
+      s.words[kKept] = kept;
+    }
+  }
+  __syncthreads();
+}
+
+// A row's number from its source, slot and position; -2 where it found no room.
+__device__ __forceinline__ int row_of(const DispatchParams& p, const Places& s, int source, int slot, int position) {
+  const int stride = p.num_slots + 1;
+  const int64_t row = p.layout == kRank ? int64_t{s.total[source * stride + p.num_slots]} + position
+                                        : int64_t{s.start[slot]} + s.total[source * stride + slot] + position;
+  return row < p.capacity ? static_cast<int>(row) : -2;
+}
+
+__device__ __forceinline__ void clear_row_facts(const DispatchParams& p, int row) {
+  const int width = p.layout == kRank ? p.top_k : 1;
+  for (int k = 0; k < width; ++k) {
+    p.row_weights[static_cast<int64_t>(row) * width + k] = 0.f;
+    p.row_expert[static_cast<int64_t>(row) * width + k] = -1;
+  }
+  p.row_source[row] = -1;
+}
+
+__device__ __forceinline__ void zero_row(const DispatchParams& p, int row) {  // by one warp
+  const int lane = threadIdx.x % 32;
+  uint8_t* to = p.rows + static_cast<int64_t>(row) * p.row_bytes;
+  for (int at = lane * 16; at < p.row_bytes; at += 512) st_16(to + at, make_uint4(0, 0, 0, 0));
+  for (int b = lane; b < p.num_scales; b += 32) {
+    const int64_t at = row * p.out_scale_row_stride + b * p.out_scale_block_stride;
+    if (p.out_scale_bytes == 4) {
+      reinterpret_cast<uint32_t*>(p.scales)[at] = 0;
+    } else {
+      p.scales[at] = 0;
+    }
+  }
+}
+
+// Everything that follows from the counts alone, by all blocks together: gaps, the facts of rows that do not exist, counts, ends.
+__device__ __forceinline__ void write_frame(const DispatchParams& p, const Places& s) {
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+  const int lane = threadIdx.x % 32;
+  if (p.layout == kExpert) {
+    // Alignment gaps are zero rows: a NaN there would poison weight gradients.
+    for (int slot = blockIdx.x; slot < p.num_slots; slot += gridDim.x) {
+      const int first = s.start[slot] + s.tally[slot];
+      const int last = min(s.start[slot + 1], p.capacity);
+      for (int row = first + threadIdx.x / 32; row < last; row += blockDim.x / 32) {
+        zero_row(p, row);
+        if (lane == 0) clear_row_facts(p, row);
+      }
+    }
+  }
+  if (p.layout == kBatched) {
+    const int width = p.ws.num_ranks * p.max_tokens;
+    for (int row = thread; row < p.num_slots * width; row += threads) {
+      if (row % width >= s.tally[row / width]) clear_row_facts(p, row);
+    }
+  } else {
+    const int first = p.layout == kRank ? s.tally[p.num_slots] : s.start[p.num_slots];
+    for (int row = first + thread; row < p.capacity; row += threads) clear_row_facts(p, row);
+  }
+  if (blockIdx.x == gridDim.x - 1) {  // the last block: it sends nothing where only some do
+    for (int slot = threadIdx.x; slot < p.num_slots; slot += blockDim.x) {
+      int rows = s.tally[slot];
+      if (p.layout == kExpert) rows = min(rows, max(0, p.capacity - s.start[slot]));
+      p.expert_counts[slot] = rows;
+      if (p.layout == kExpert) p.expert_ends[slot] = min(s.start[slot + 1], p.capacity);
+    }
+    if (p.layout == kRank) {
+      for (int source = threadIdx.x; source < p.ws.num_ranks; source += blockDim.x) {
+        const int end = source + 1 < p.ws.num_ranks ? s.total[(source + 1) * (p.num_slots + 1) + p.num_slots]
+                                                    : s.tally[p.num_slots];
+        p.expert_ends[source] = min(end, p.capacity);
+      }
+    }
+    for (int rank = threadIdx.x; rank < p.ws.num_ranks; rank += blockDim.x) p.route[32 + rank] = s.takes_part[rank];
+  }
+}
+
+// Route header and status, by block 0, whose counts of bad selections are those of the whole rank.
+__device__ __forceinline__ void write_facts(const DispatchParams& p, const Places& s, const Op& op) {
+  int total = 0;
+  if (p.layout == kRank) {
+    total = s.tally[p.num_slots];
+  } else {
+    for (int slot = threadIdx.x % 32; slot < p.num_slots; slot += 32) total += s.tally[slot];
+    for (int step = 16; step > 0; step >>= 1) total += __shfl_xor_sync(~0u, total, step);
+  }
+  const int lane = threadIdx.x;
+  const int kept = s.words[kKept], dropped = total - kept;
+  const int bits = s.words[kBits] | (dropped != 0 ? kOverflow : 0);
+  const int epoch = static_cast<int>(op.epoch & 0x7fffffff);
+  const int facts[16] = {0x45504f31,  1,           p.layout,    p.num_tokens, p.max_tokens, p.top_k, p.ws.num_ranks,
+                         p.num_slots, p.capacity,  p.alignment, p.ws.rank,    epoch,        kept,    p.lane,
+                         p.num_experts, dropped};
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) p.route[i] = facts[i];
+#pragma unroll
+    for (int i = 16; i < 32; ++i) p.route[i] = 0;
+    p.status[0] = bits;
+    p.status[1] = kept;
+    p.status[2] = dropped;
+    p.status[3] = s.words[kNumBad];
+    p.status[4] = s.words[kNumRepeated];
+    p.status[5] = -1;
+    p.status[6] = epoch;
+    p.status[7] = 0;
+    if (bits != 0) report(p.ws, bits, -1, kPhaseCounts, op.epoch);
+  }
+}
+
+}  // namespace epops

@@ -1,0 +1,55 @@
+// A route as combine and the gradients read it; every number in it is checked before it becomes an address.
+#pragma once
+
+#include "params.h"
+
+namespace epops {
+
+struct Route {
+  const int32_t* send_slot;  // (T, K)
+  const int32_t* recv_row;   // (R, M, K)
+  int max_tokens, top_k, num_rows, num_slots, num_global;
+  bool good;
+
+  template <class Params>
+  __device__ __forceinline__ explicit Route(const Params& p) {
+    const int32_t* r = p.route;
+    good = r[0] == 0x45504f31 && r[1] == 1 && r[3] == p.num_tokens && r[4] == p.max_tokens && r[5] == p.top_k &&
+           r[6] == p.ws.num_ranks && r[7] == p.num_slots && r[10] == p.ws.rank;
+    send_slot = r + 32 + p.ws.num_ranks;
+    recv_row = send_slot + static_cast<int64_t>(p.num_tokens) * p.top_k;
+    max_tokens = p.max_tokens;
+    top_k = p.top_k;
+    num_rows = p.num_rows;
+    num_slots = p.num_slots;
+    num_global = p.ws.num_ranks * p.num_slots;
+  }
+  // Lane k: row of selection k of `token` of `source`: -1 none, -2 dropped.
+  __device__ __forceinline__ int row(int source, int token, int k) const {
+    if (!good || k >= top_k) return -1;
+    const int row = recv_row[(static_cast<int64_t>(source) * max_tokens + token) * top_k + k];
+    return row >= -2 && row < num_rows ? row : -1;
+  }
+  // Lane k: rank of selection k of own `token`, -1 none.
+  __device__ __forceinline__ int rank(int token, int k) const {
+    if (!good || k >= top_k) return -1;
+    const int slot = send_slot[static_cast<int64_t>(token) * top_k + k];
+    return slot >= 0 && slot < num_global ? slot / num_slots : -1;
+  }
+};
+
+// Ranks that take part in a token, ascending: lane i holds the i-th. Returns how many. All lanes call it.
+__device__ __forceinline__ int distinct_ranks(int rank_of_selection, int* rank_of_lane) {
+  const int lane = threadIdx.x % 32;
+  unsigned left = rank_of_selection >= 0 ? static_cast<unsigned>(rank_of_selection) : ~0u;
+  int num = 0;
+  *rank_of_lane = -1;
+  for (unsigned least = __reduce_min_sync(~0u, left); least != ~0u; least = __reduce_min_sync(~0u, left)) {
+    if (lane == num) *rank_of_lane = static_cast<int>(least);
+    ++num;
+    if (left == least) left = ~0u;
+  }
+  return num;
+}
+
+}  // namespace epops

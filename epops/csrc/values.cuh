@@ -1,0 +1,183 @@
+// Sixteen bytes of a row and the numbers in them: loads, stores, and the quantizer of the quantizing dispatch.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include "params.h"
+#include "ptx.cuh"
+
+namespace epops {
+
+struct Eight {
+  float v[8];
+};
+
+template <class T>
+__device__ __forceinline__ float2 to_floats(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 to_floats<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+template <>
+__device__ __forceinline__ float2 to_floats<__half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<__half2*>(&pair));
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t from_floats(float a, float b);
+template <>
+__device__ __forceinline__ uint32_t from_floats<__nv_bfloat16>(float a, float b) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t from_floats<__half>(float a, float b) {
+  __half2 pair = __floats2half2_rn(a, b);
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+// Eight elements as they lie in memory: one 16-byte word of 2-byte elements, two of float.
+template <class T>
+struct Raw8 {
+  uint4 w;
+  __device__ __forceinline__ void load(const void* p) { w = *reinterpret_cast<const uint4*>(p); }
+  __device__ __forceinline__ void load_fresh(const void* p) { w = ld_no_allocate(p); }
+  __device__ __forceinline__ void zero() { w = make_uint4(0, 0, 0, 0); }
+  __device__ __forceinline__ void store(void* p) const { st_16(p, w); }
+  __device__ __forceinline__ Eight floats() const {
+    const float2 a = to_floats<T>(w.x), b = to_floats<T>(w.y), c = to_floats<T>(w.z), d = to_floats<T>(w.w);
+    return Eight{{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
+  }
+  __device__ __forceinline__ void set(const Eight& e) {
+    w = make_uint4(from_floats<T>(e.v[0], e.v[1]), from_floats<T>(e.v[2], e.v[3]), from_floats<T>(e.v[4], e.v[5]),
+                   from_floats<T>(e.v[6], e.v[7]));
+  }
+};
+
+template <>
+struct Raw8<float> {
+  uint4 w[2];
+  __device__ __forceinline__ void load(const void* p) {
+    w[0] = reinterpret_cast<const uint4*>(p)[0];
+    w[1] = reinterpret_cast<const uint4*>(p)[1];
+  }
+  __device__ __forceinline__ void load_fresh(const void* p) {
+    w[0] = ld_no_allocate(p);
+    w[1] = ld_no_allocate(static_cast<const uint8_t*>(p) + 16);
+  }
+  __device__ __forceinline__ void zero() { w[0] = w[1] = make_uint4(0, 0, 0, 0); }
+  __device__ __forceinline__ void store(void* p) const {
+    st_16(p, w[0]);
+    st_16(static_cast<uint8_t*>(p) + 16, w[1]);
+  }
+  __device__ __forceinline__ Eight floats() const {
+    return Eight{{__uint_as_float(w[0].x), __uint_as_float(w[0].y), __uint_as_float(w[0].z), __uint_as_float(w[0].w),
+                  __uint_as_float(w[1].x), __uint_as_float(w[1].y), __uint_as_float(w[1].z), __uint_as_float(w[1].w)}};
+  }
+  __device__ __forceinline__ void set(const Eight& e) {
+    w[0] = make_uint4(__float_as_uint(e.v[0]), __float_as_uint(e.v[1]), __float_as_uint(e.v[2]), __float_as_uint(e.v[3]));
+    w[1] = make_uint4(__float_as_uint(e.v[4]), __float_as_uint(e.v[5]), __float_as_uint(e.v[6]), __float_as_uint(e.v[7]));
+  }
+};
+
+// One block's scale from its largest magnitude, and what values are multiplied by. `quotient` is exact division where the
+// quantizer divides: a correctly rounded reciprocal and one correction give the correctly rounded quotient.
+struct Scale {
+  float value, inverse;
+  int divide;
+};
+
+__device__ __forceinline__ Scale make_scale(float amax, const Quant& q) {
+  if (!q.eps_on_scale) amax = max_nan(amax, q.eps);
+  Scale s;
+  s.divide = q.math == kDivide;
+  if (q.math == kReciprocal || q.math == kReciprocalExact) {
+    s.inverse = q.math == kReciprocal ? __fmul_rn(__frcp_rn(amax), q.top) : __fdiv_rn(q.top, amax);
+    s.value = __frcp_rn(s.inverse);
+  } else {
+    s.value = __fdiv_rn(amax, q.top);
+    s.inverse = 0.f;
+  }
+  if (q.eps_on_scale) s.value = max_nan(s.value, q.eps);
+  if (q.format != kFloat32) {
+    const uint32_t bits = __float_as_uint(s.value);
+    int exponent = static_cast<int>(bits >> 23 & 0xff) + ((bits & 0x7fffff) != 0 ? 1 : 0);
+    exponent = min(max(exponent, 1), 254);
+    s.value = __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+  }
+  const bool given = q.math == kReciprocal || q.math == kReciprocalExact;
+  if (!given || q.eps_on_scale || q.format != kFloat32) s.inverse = __frcp_rn(s.value);
+  return s;
+}
+
+__device__ __forceinline__ float quotient(float x, const Scale& s, const Quant& q) {
+  float value = __fmul_rn(x, s.inverse);
+  if (s.divide) value = __fmaf_rn(__fmaf_rn(-value, s.value, x), s.inverse, value);
+  if (q.clamp) value = max_nan(min_nan(value, q.top), -q.top);
+  return value;
+}
+
+__device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d, int e5m2) {
+  const __nv_fp8_interpretation_t kind = e5m2 ? __NV_E5M2 : __NV_E4M3;
+  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kind);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, kind);
+  return low | high << 16;
+}
+
+// Sixteen channels a lane. `load` and `finish` are apart so that several loads are in flight before the first is used.
+template <class T>
+struct QuantLane {
+  Raw8<T> raw[2];
+
+  __device__ __forceinline__ void load(const void* row, int channel, int hidden) {
+    const T* p = static_cast<const T*>(row) + channel;
+    if (channel < hidden) {
+      raw[0].load(p);
+      raw[1].load(p + 8);
+    } else {
+      raw[0].zero();
+      raw[1].zero();
+    }
+  }
+  __device__ __forceinline__ float amax() const {
+    const Eight a = raw[0].floats(), b = raw[1].floats();
+    float top = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) top = max_nan(top, max_nan(fabsf(a.v[i]), fabsf(b.v[i])));
+    return top;
+  }
+  // All 32 lanes call it; `row_amax` is used where a scale covers the whole row.
+  __device__ __forceinline__ uint4 finish(const Quant& q, float row_amax, float* scale) const {
+    float top = row_amax;
+    if (q.block != 0) {
+      top = amax();
+      for (int step = q.block / 32; step > 0; step >>= 1) top = max_nan(top, __shfl_xor_sync(~0u, top, step));
+    }
+    const Scale s = make_scale(top, q);
+    *scale = s.value;
+    const Eight a = raw[0].floats(), b = raw[1].floats();
+    uint4 out;
+    out.x = pack_fp8(quotient(a.v[0], s, q), quotient(a.v[1], s, q), quotient(a.v[2], s, q), quotient(a.v[3], s, q), q.e5m2);
+    out.y = pack_fp8(quotient(a.v[4], s, q), quotient(a.v[5], s, q), quotient(a.v[6], s, q), quotient(a.v[7], s, q), q.e5m2);
+    out.z = pack_fp8(quotient(b.v[0], s, q), quotient(b.v[1], s, q), quotient(b.v[2], s, q), quotient(b.v[3], s, q), q.e5m2);
+    out.w = pack_fp8(quotient(b.v[4], s, q), quotient(b.v[5], s, q), quotient(b.v[6], s, q), quotient(b.v[7], s, q), q.e5m2);
+    return out;
+  }
+};
+
+// Largest magnitude of a whole row, by one warp.
+template <class T>
+__device__ __forceinline__ float warp_row_amax(const void* row, int hidden) {
+  float top = 0.f;
+  for (int channel = (threadIdx.x % 32) * 16; channel < (hidden + 511) / 512 * 512; channel += 512) {
+    QuantLane<T> lane;
+    lane.load(row, channel, hidden);
+    top = max_nan(top, lane.amax());
+  }
+  for (int step = 16; step > 0; step >>= 1) top = max_nan(top, __shfl_xor_sync(~0u, top, step));
+  return top;
+}
+
+}  // namespace epops

@@ -1,0 +1,16 @@
+// Where things lie in a rank's memory.
+#include "exchange.cuh"
+
+namespace epops {
+
+uint64_t layout_workspace(Workspace& ws) {
+  const auto up = [](uint64_t bytes) { return (bytes + 255) / 256 * 256; };
+  const uint64_t pairs = 2ull * ws.num_ranks;
+  ws.counts_offset = kHeaderEnd;
+  ws.flags_offset = up(ws.counts_offset + pairs * (ws.max_slots + 1) * 8);
+  ws.entries_offset = up(ws.flags_offset + pairs * ws.max_tokens * 8);
+  ws.data_offset = up(ws.entries_offset + pairs * ws.max_tokens * ws.max_top_k * 8);
+  return ws.data_offset + 2 * ws.data_bytes;
+}
+
+}  // namespace epops

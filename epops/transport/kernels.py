@@ -1,0 +1,315 @@
+"""Calls of the CUDA kernels: tensors and settings to parameter structs, and the launch plan that a shape gets.
+
+Nothing here knows of groups or processes: ranks are addresses.  Tests run many ranks on one GPU through it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _C  # type: ignore[attr-defined]
+from .. import layout as words
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+BYTES = 3
+QUANT_MATHS = {"divide": 0, "multiply": 1, "reciprocal": 2, "reciprocal_exact": 3}
+QUANT_BLOCKS = (0, 16, 32, 64, 128, 256, 512)
+
+
+class Plan(NamedTuple):
+    """How a kernel is laid over the chip; see ``struct Launch`` in csrc/params.h."""
+
+    num_blocks: int
+    num_senders: int
+    num_threads: int
+    group_warps: int
+    warps_per_token: int
+    dynamic: int
+
+    def launch(self, phases: int = 3) -> Any:
+        made = _C.Launch()
+        for name, value in self._asdict().items():
+            setattr(made, name, value)
+        made.phases = phases
+        made.pdl = 0
+        return made
+
+
+@dataclass
+class Tuning:
+    """Settings of the launch plans, with measured defaults (benchmarks/results).
+
+    ``num_sms``: blocks that send on the throughput path; ``spare_sms``: multiprocessors that no block of ours ever holds, so
+    that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M up to which a token is shared by
+    16 or 8 warps; above, each warp has its own token.
+    """
+
+    num_sms: int = 32
+    spare_sms: int = 4
+    decode_tokens: int = 160
+    middle_tokens: int = 1024
+    limit_blocks: int = 0
+    threads: int = 0
+    extra: dict[str, Plan] = field(default_factory=dict)
+
+    def plan(self, op: str, max_tokens: int, num_ranks: int, num_sms: int) -> Plan:
+        if op in self.extra:
+            return self.extra[op]
+        threads = self.threads or (1024 if op == "dispatch" else 512)
+        blocks = max(1, num_sms - self.spare_sms)
+        pairs = max_tokens * (num_ranks if op == "dispatch" else max(1, num_ranks - 1))
+        if op == "combine_backward":
+            blocks = self._limit(min(blocks, -(-pairs // 8)))
+            return Plan(blocks, min(blocks, max(self.num_sms, blocks // 2)), threads, 8, 1, 1)
+        if max_tokens <= self.decode_tokens:
+            blocks = self._limit(min(blocks, pairs))
+            return Plan(blocks, blocks, threads, min(16, threads // 32), min(16, threads // 32), 0)
+        if max_tokens <= self.middle_tokens:
+            blocks = self._limit(min(blocks, -(-pairs * 8 * 32 // threads)))
+            return Plan(blocks, blocks, threads, 8, 8, 0)
+        blocks = self._limit(blocks)
+        return Plan(blocks, min(self.num_sms, blocks), threads, 8, 1, 1)
+
+    def _limit(self, blocks: int) -> int:
+        return max(1, min(blocks, self.limit_blocks)) if self.limit_blocks else max(1, blocks)
+
+
+class Sizes(NamedTuple):
+    """What a rank's memory is laid out for; ``row_bytes`` is the largest record."""
+
+    max_tokens: int
+    top_k: int
+    num_slots: int
+    row_bytes: int
+
+    def covers(self, other: Sizes) -> bool:
+        return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
+
+    def join(self, other: Sizes) -> Sizes:
+        return Sizes(*(max(pair) for pair in zip(self, other, strict=True)))
+
+
+def lay_out(rank: int, num_ranks: int, sizes: Sizes, timeout: float) -> tuple[Any, int]:
+    """A workspace description without addresses, and the bytes of one rank's memory."""
+    ws = _C.Workspace()
+    ws.rank, ws.num_ranks = rank, num_ranks
+    ws.max_tokens, ws.max_top_k, ws.max_slots = sizes.max_tokens, sizes.top_k, sizes.num_slots
+    ws.data_bytes = (num_ranks - 1) * sizes.max_tokens * sizes.row_bytes
+    ws.timeout_ns = int(timeout * 1e9)
+    return ws, ws.layout()
+
+
+class QuantSettings(NamedTuple):
+    """Arguments of the quantizing dispatch that the kernel needs."""
+
+    quant_dtype: torch.dtype = torch.float8_e4m3fn
+    block: int = 128
+    scale_format: str = "float32"
+    scale_layout: str = "row"
+    scale_math: str = "divide"
+    eps_on: str = "amax"
+    eps: float = 1e-12
+    clamp: bool = True
+
+
+def call_hash(*facts: Any) -> int:
+    """What ranks compare: 32 bits of an op and the settings that must be equal."""
+    return zlib.crc32(repr(facts).encode())
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def scale_bytes(num_scales: int, itemsize: int) -> int:
+    return -(-num_scales * itemsize // 16) * 16
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+class Dispatched(NamedTuple):
+    rows: torch.Tensor
+    scales: torch.Tensor
+    row_weights: torch.Tensor
+    row_expert: torch.Tensor
+    row_source: torch.Tensor
+    expert_counts: torch.Tensor
+    expert_ends: torch.Tensor
+    route: torch.Tensor
+    status: torch.Tensor
+
+
+def dispatch(
+    ws: Any,
+    plan: Plan,
+    expert_slot: torch.Tensor,
+    mask: torch.Tensor,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    x_scales: torch.Tensor | None = None,
+    *,
+    num_experts: int,
+    num_slots: int,
+    max_tokens: int,
+    capacity: int,
+    layout: str,
+    alignment: int,
+    lane: int = 0,
+    quant: QuantSettings | None = None,
+) -> Dispatched:
+    """Launch dispatch on the current stream of x's device.  Tensors must be contiguous, but for ``x_scales``."""
+    num_tokens, top_k = topk_idx.shape
+    hidden, num_ranks, device = x.shape[1], ws.num_ranks, x.device
+    p = _C.DispatchParams()
+    p.ws, p.launch = ws, plan.launch()
+    p.hidden, p.num_tokens, p.max_tokens, p.top_k = hidden, num_tokens, max_tokens, top_k
+    p.num_experts, p.num_slots, p.alignment, p.lane = num_experts, num_slots, alignment, lane
+    p.layout = words.LAYOUTS.index(layout)
+    if layout == "batched":
+        capacity = num_slots * num_ranks * max_tokens
+    p.capacity = capacity
+    lead = (num_slots, num_ranks * max_tokens) if layout == "batched" else (capacity,)
+    scales = torch.empty(0, dtype=torch.float32, device=device)
+    if quant is not None:
+        p.x_dtype, row_dtype = DTYPES[x.dtype], quant.quant_dtype
+        q = _C.Quant()
+        q.block, q.format = quant.block, words.SCALE_FORMATS.index(quant.scale_format)
+        q.math, q.eps_on_scale, q.clamp = QUANT_MATHS[quant.scale_math], int(quant.eps_on == "scale"), int(quant.clamp)
+        q.e5m2, q.eps = int(quant.quant_dtype == torch.float8_e5m2), quant.eps
+        q.top = torch.finfo(quant.quant_dtype).max
+        p.quant = q
+        p.num_scales, p.wire_scale_bytes = words.num_scales(hidden, quant.block), 4
+        scale_dtype = torch.float8_e8m0fnu if quant.scale_format == "ue8m0" else torch.float32
+        scales = _empty_scales(lead, p.num_scales, scale_dtype, quant.scale_layout, device)
+    else:
+        p.x_dtype, row_dtype = BYTES, x.dtype
+        if x_scales is not None:
+            p.num_scales, p.wire_scale_bytes = x_scales.shape[1], x_scales.element_size()
+            p.x_scales = address(x_scales)
+            p.scale_token_stride, p.scale_block_stride = x_scales.stride()
+            scales = _empty_scales(lead, p.num_scales, x_scales.dtype, "row", device)
+    p.row_bytes = hidden * row_dtype.itemsize
+    p.record_bytes = p.row_bytes + scale_bytes(p.num_scales, p.wire_scale_bytes)
+    p.out_scale_bytes = scales.element_size()
+    if scales.numel():
+        p.out_scale_row_stride, p.out_scale_block_stride = scales.stride()[-2:]
+    wide = (*lead, top_k) if layout == "rank" else lead
+    rows = torch.empty((*lead, hidden), dtype=row_dtype, device=device)
+    row_weights = torch.empty(wide, dtype=torch.float32, device=device)
+    row_expert = torch.empty(wide, dtype=torch.int32, device=device)
+    row_source = torch.empty(lead, dtype=torch.int32, device=device)
+    expert_counts = torch.empty(num_slots, dtype=torch.int32, device=device)
+    num_ends = {"expert": num_slots, "rank": num_ranks, "batched": 0}[layout]
+    expert_ends = torch.empty(num_ends, dtype=torch.int32, device=device)
+    route = torch.empty(words.route_size(num_tokens, max_tokens, num_ranks, top_k), dtype=torch.int32, device=device)
+    status = torch.empty(words.STATUS_WORDS, dtype=torch.int32, device=device)
+    p.x, p.topk_idx, p.topk_weights = address(x), address(topk_idx), address(topk_weights)
+    p.idx64 = int(topk_idx.dtype == torch.int64)
+    p.expert_slot, p.mask = address(expert_slot), address(mask)
+    p.rows, p.scales, p.row_weights, p.row_expert = address(rows), address(scales), address(row_weights), address(row_expert)
+    p.row_source, p.expert_counts, p.expert_ends = address(row_source), address(expert_counts), address(expert_ends)
+    p.route, p.status = address(route), address(status)
+    p.call_hash = call_hash(
+        "dispatch", max_tokens, top_k, p.record_bytes, p.row_bytes, num_slots, num_experts, p.layout, plan.group_warps,
+        plan.warps_per_token, lane, alignment, capacity
+    )  # fmt: skip
+    _C.launch_dispatch(p, stream_of(x))
+    return Dispatched(rows, scales, row_weights, row_expert, row_source, expert_counts, expert_ends, route, status)
+
+
+def _empty_scales(lead: tuple[int, ...], num: int, dtype: torch.dtype, layout: str, device: torch.device) -> torch.Tensor:
+    if layout == "column":
+        return torch.empty((*lead[:-1], num, lead[-1]), dtype=dtype, device=device).transpose(-1, -2)
+    return torch.empty((*lead, num), dtype=dtype, device=device)
+
+
+def combine(
+    ws: Any,
+    plan: Plan,
+    y: torch.Tensor,
+    route: torch.Tensor,
+    row_weights: torch.Tensor | None = None,
+    addend: torch.Tensor | None = None,
+    grad_row_weights: torch.Tensor | None = None,
+    *,
+    num_experts: int,
+    num_slots: int,
+    max_tokens: int,
+    num_tokens: int,
+    top_k: int,
+    layout: str,
+    out_dtype: torch.dtype,
+    out_scale: float = 1.0,
+    addend_scale: float = 1.0,
+    lane: int = 0,
+    op: str = "combine",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch combine; with ``grad_row_weights`` the gradients of the routing weights travel along (``dispatch_backward``).
+
+    Returns out (T, H), grad_topk_weights (T, K) or empty, status.
+    """
+    hidden, device = y.shape[-1], y.device
+    p = _C.CombineParams()
+    p.ws, p.launch = ws, plan.launch()
+    p.out_scale, p.addend_scale = out_scale, addend_scale
+    p.in_dtype, p.out_dtype = DTYPES[y.dtype], DTYPES[out_dtype]
+    p.num_tokens, p.max_tokens, p.top_k, p.hidden = num_tokens, max_tokens, top_k, hidden
+    p.num_experts, p.num_slots = num_experts, num_slots
+    p.num_rows, p.rank_layout = y.numel() // hidden, int(layout == "rank")
+    p.record_bytes = hidden * out_dtype.itemsize
+    out = torch.empty((num_tokens, hidden), dtype=out_dtype, device=device)
+    with_grads = grad_row_weights is not None and grad_row_weights.numel() > 0
+    grad_weights = torch.empty((num_tokens, top_k) if with_grads else 0, dtype=torch.float32, device=device)
+    status = torch.empty(words.STATUS_WORDS, dtype=torch.int32, device=device)
+    p.y, p.route, p.row_weights, p.addend = address(y), address(route), address(row_weights), address(addend)
+    p.grad_row_weights, p.grad_topk_weights = address(grad_row_weights), address(grad_weights)
+    p.out, p.status = address(out), address(status)
+    p.call_hash = call_hash(
+        op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, plan.group_warps, plan.warps_per_token, lane
+    )
+    _C.launch_combine(p, stream_of(y))
+    return out, grad_weights, status
+
+
+def combine_backward(
+    ws: Any,
+    plan: Plan,
+    grad_out: torch.Tensor,
+    y: torch.Tensor,
+    route: torch.Tensor,
+    row_weights: torch.Tensor | None = None,
+    *,
+    num_experts: int,
+    num_slots: int,
+    max_tokens: int,
+    top_k: int,
+    layout: str,
+    out_scale: float = 1.0,
+    grad_scale: float = 1.0,
+    lane: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the gradient of combine: grad_y like y, grad_row_weights like row_weights (or empty), status."""
+    p = _C.ScatterParams()
+    p.ws, p.launch = ws, plan.launch()
+    p.out_scale, p.grad_scale = out_scale, grad_scale
+    p.grad_dtype, p.y_dtype = DTYPES[grad_out.dtype], DTYPES[y.dtype]
+    p.num_tokens, p.hidden = grad_out.shape
+    p.max_tokens, p.top_k, p.num_experts, p.num_slots = max_tokens, top_k, num_experts, num_slots
+    p.num_rows, p.rank_layout = y.numel() // y.shape[-1], int(layout == "rank")
+    p.record_bytes = p.hidden * grad_out.element_size()
+    grad_y = torch.zeros_like(y)  # rows that no token owns, alignment gaps among them
+    empty = torch.empty(0, dtype=torch.float32, device=y.device)
+    grad_weights = empty if row_weights is None else torch.zeros_like(row_weights)
+    status = torch.empty(words.STATUS_WORDS, dtype=torch.int32, device=y.device)
+    p.grad_out, p.y, p.route, p.row_weights = address(grad_out), address(y), address(route), address(row_weights)
+    p.grad_y, p.grad_row_weights, p.status = address(grad_y), address(grad_weights), address(status)
+    p.call_hash = call_hash("combine_backward", max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane)
+    _C.launch_scatter(p, stream_of(y))
+    return grad_y, grad_weights, status
