@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import epops
 from epops import zoo
-from epops.models.site import site_of, sites
+from epops.models.site import sites
 
 from ..ranks import run_ranks
 
@@ -37,12 +37,14 @@ def _check_save(rank: int, size: int, family: str, experts: int) -> None:
         got = {name: _whole(value) for name, value in model.state_dict().items()}
         for name, value in expected.items():
             if name in got:
-                shape = got[name].shape
-                assert shape == value.shape, name
-                shared = len(value) - _unread(model, name) if value.dim() else None
-                assert torch.equal(
-                    got[name][:shared] if value.dim() else got[name], value[:shared] if value.dim() else value
-                ), name
+                assert got[name].shape == value.shape, name
+                # LongCat's gate_up_proj has rows for experts that compute nothing; nobody reads them, and they are not kept.
+                rows = (
+                    slice(whole.config.n_routed_experts)
+                    if "gate_up_proj" in name and family == "longcat_flash"
+                    else ...
+                )
+                assert torch.equal(got[name][rows], value[rows]), name
             else:
                 assert "expert_" in name, f"{name} is missing"
         everyone = [None] * size
@@ -50,17 +52,10 @@ def _check_save(rank: int, size: int, family: str, experts: int) -> None:
         assert set().union(*everyone) == set(expected)
 
 
-def _unread(model: torch.nn.Module, name: str) -> int:
-    """Rows at the end of a tensor that nothing reads, and that are not kept."""
-    module, _, tensor = name.rpartition(".")
-    site = site_of(model.get_submodule(module))
-    shard = site.shards.get(tensor) if site is not None else None
-    return shard.full_rows - shard.rows if shard is not None else 0
+SAVED = [("mixtral", 5), ("dbrx", 0), ("longcat_flash", 0), ("switch_transformers", 0), ("gpt_oss", 0)]
 
 
-@pytest.mark.parametrize(
-    "family,experts", [("mixtral", 5), ("dbrx", 0), ("longcat_flash", 0), ("switch_transformers", 0), ("gpt_oss", 0)]
-)
+@pytest.mark.parametrize("family,experts", SAVED)
 def test_saved_tensors_are_the_unsharded_ones(family: str, experts: int) -> None:
     run_ranks(_check_save, 3, family, experts)
 
