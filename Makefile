@@ -24,7 +24,7 @@ help:
 	@echo "make clean       remove .venv, caches and build folders"
 
 # One stamp a set of extras; bootstrap.py makes .venv if there is none, and finds or installs torch.
-$(VENV)/have-%: pyproject.toml setup.py scripts/bootstrap.py
+$(VENV)/have-%: pyproject.toml setup.py scripts/bootstrap.py $(wildcard epops/csrc/*)
 	@$(PYTHON) scripts/bootstrap.py $(subst -,$(comma),$*)
 	@touch $@
 comma := ,
