@@ -38,8 +38,8 @@ _LAZY = {
     "register_adapter": "epops.models",
     "clip_grad_norm_": "epops.models",
     "join": "epops.models",
-    "inspect": "epops.inspect",
-    "quantize": "epops.quantize",
+    "inspect": "epops.inspection",
+    "quantize": "epops.quantizer",
 }
 """Names whose modules are imported on first use, so that ``import epops`` stays light."""
 

@@ -75,6 +75,15 @@ received.  Then input splits, input offsets, output splits, output offsets, (R,)
 SCALE_FORMATS = ("float32", "ue8m0", "float32_pow2")
 """``float32``; ``ue8m0``: powers of two as ``torch.float8_e8m0fnu``; ``float32_pow2``: the same powers of two in float32."""
 
+SCALE_MATHS = ("divide", "multiply", "reciprocal", "divide_log2", "multiply_log2", "reciprocal_exact")
+"""How float32 scales s (or their inverses r) and rows q come from a = max |x| of a block, and top, the largest fp8 value.
+
+``divide``: s = a / top, q = x / s.  ``multiply``: s = a / top, q = x * (1 / s).  ``reciprocal``: r = (1 / a) * top, which is
+how torch computes ``top / a`` for a tensor a; q = x * r, s = 1 / r.  ``reciprocal_exact``: the same with r = top / a rounded once
+(what float64 arithmetic rounded to float32 gives).  ``divide_log2`` and ``multiply_log2``: powers of two are 2 ** ceil(log2(s)) in
+float32, which near a power of two is not what rounding up the bits gives, the rule of the others.
+"""
+
 SCALE_LAYOUTS = ("row", "column")
 """How a grouped GEMM reads (C, H / block) scales: ``row``: contiguous; ``column``: strides (1, C)."""
 

@@ -1,0 +1,1 @@
+"""`epops.inspect`: what the compiler did with a model's exchanges."""

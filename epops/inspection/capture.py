@@ -1,0 +1,86 @@
+"""Compiles a model up to where Inductor would go on to write code, and keeps each graph before and after the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from ..passes.decline_log import Declined, listen
+from ..passes.ordering import pin
+from ..torch_private import graphs_backend
+
+Pass = Callable[[Graph], int]
+
+
+class PassedGraph(NamedTuple):
+    """One graph: "inference", "forward" or "backward", as the passes found it and as they left it.
+
+    ``rewrites``: how many each pass made, in their order.
+    """
+
+    kind: str
+    before: GraphModule
+    after: GraphModule
+    rewrites: dict[str, int]
+    declined: list[Declined]
+
+
+def capture(
+    model: Callable[..., Any],
+    *args: Any,
+    passes: Iterable[Pass] | None = None,
+    dynamic: bool | None = None,
+    run: bool = False,
+    **kwargs: Any,
+) -> tuple[list[PassedGraph], Any]:
+    """The graphs of ``model(*args, **kwargs)`` so far, and its result.
+
+    ``passes``: those of the backend unless given.  ``run``: graphs run node by node, and the result is the model's; otherwise
+    nothing runs, no exchange takes place and the result is zeros.  Where it needs gradients, the backward graph joins the list
+    when the caller runs backward.
+    """
+    chosen = list(all_passes() if passes is None else passes)
+    graphs: list[PassedGraph] = []
+
+    def seen(module: GraphModule, kind: str) -> None:
+        graphs.append(apply_passes(module, chosen, kind))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=graphs_backend(seen, run=run), dynamic=dynamic)
+    return graphs, compiled(*args, **kwargs)
+
+
+def all_passes() -> tuple[Pass, ...]:
+    """The backend's own passes, in order."""
+    from ..passes import PASSES
+
+    return tuple(PASSES)
+
+
+def apply_passes(module: GraphModule, passes: Iterable[Pass], kind: str) -> PassedGraph:
+    """Run passes on a graph and record what each did; the graph is changed."""
+    before = GraphModule(module, copy_graph(module.graph))
+    rewrites: dict[str, int] = {}
+    with listen() as declined:
+        for one in passes:
+            name = getattr(one, "__name__", type(one).__name__)
+            rewrites[name] = rewrites.get(name, 0) + one(module.graph)
+            module.graph.lint()
+        pin(module.graph)
+        module.graph.lint()
+    return PassedGraph(kind, before, GraphModule(module, copy_graph(module.graph)), rewrites, declined)
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A copy that keeps the names and recorded values of nodes."""
+    copy = Graph(graph.owning_module)
+    places: dict[Any, Any] = {}
+    output = copy.graph_copy(graph, places)
+    if output is not None:
+        copy.output(output)
+    for node, twin in places.items():
+        twin.meta = dict(node.meta)
+    return copy

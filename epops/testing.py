@@ -1,0 +1,84 @@
+"""What our own tests use, for the tests of models and passes built on epops.
+
+>>> from epops.testing import assert_fused, captured, count_ops
+>>> graphs = captured(model, x)                                             # doctest: +SKIP
+>>> assert_fused(graphs, fuse_add=2, overlap=4)                             # doctest: +SKIP
+>>> count_ops(graphs, "epops.combine")                                      # doctest: +SKIP
+2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from .inspection.capture import Pass, PassedGraph, capture
+from .inspection.text import graph_lines, graph_text
+
+
+def captured(
+    model: Callable[..., Any],
+    *args: Any,
+    passes: Iterable[Pass] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> list[PassedGraph]:
+    """The graphs of ``model(*args, **kwargs)`` before and after the passes; nothing runs, so any rank alone may call it.
+
+    The backward graph is there too when a result needs gradients.
+    """
+    graphs, result = capture(model, *args, passes=passes, dynamic=dynamic, **kwargs)
+    _capture_backward(model, result, args, kwargs)
+    return graphs
+
+
+def _capture_backward(model: Any, result: Any, args: Any, kwargs: Any) -> None:
+    flat = torch.utils._pytree.tree_leaves((result,))
+    wanted = [item for item in flat if isinstance(item, torch.Tensor) and item.requires_grad]
+    given = torch.utils._pytree.tree_leaves((args, kwargs))
+    leaves = [item for item in given if isinstance(item, torch.Tensor) and item.requires_grad]
+    if isinstance(model, torch.nn.Module):
+        leaves += [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if wanted and leaves:
+        torch.autograd.grad(wanted, leaves, [torch.zeros_like(item) for item in wanted], allow_unused=True)
+
+
+def normalized_graph(graph: Any, *, ops: tuple[str, ...] | None = None) -> str:
+    """A graph as text that is the same on every run, machine and torch version: for `expecttest`.
+
+    ``ops``: keep the lines whose op starts with one of these words, for example ``("epops", "mm")``.
+    """
+    if isinstance(graph, PassedGraph):
+        graph = graph.after
+    return graph_text(graph, ops=ops)
+
+
+def count_ops(graphs: Any, op: str) -> int:
+    """Calls of ``op`` ("epops.combine", "mm") in a graph or in all graphs of `captured`, after the passes."""
+    if isinstance(graphs, (list, tuple)) and not isinstance(graphs, PassedGraph):
+        return sum(count_ops(graph, op) for graph in graphs)
+    if isinstance(graphs, PassedGraph):
+        graphs = graphs.after
+    return sum(line.op == op for line in graph_lines(graphs))
+
+
+def assert_fused(graphs: Any, **expected: int) -> None:
+    """Each named pass made so many rewrites in all graphs together: ``assert_fused(graphs, fuse_add=2)``.
+
+    Raises:
+        AssertionError: with the counts, and what the pass declined and why.
+    """
+    graphs = [graphs] if isinstance(graphs, PassedGraph) else list(getattr(graphs, "graphs", graphs))
+    for name, count in expected.items():
+        known = {one for graph in graphs for one in graph.rewrites}
+        if name not in known:
+            raise AssertionError(
+                f"epops.testing.assert_fused: no pass {name!r} ran; these did: {', '.join(sorted(known))}"
+            )
+        got = sum(graph.rewrites.get(name, 0) for graph in graphs)
+        if got != count:
+            reasons = [f"  {graph.kind}: {entry}" for graph in graphs for entry in graph.declined if entry.rule == name]
+            said = "\n".join(reasons) or "  it declined nothing"
+            raise AssertionError(f"epops.testing.assert_fused: {name}: expected {count} rewrites, got {got}\n{said}")
