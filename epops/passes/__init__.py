@@ -19,12 +19,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from .fuse_add import fuse_add
+from .fuse_quant import fuse_quant
 from .keep_order import keep_order
 from .ordering import pin
 
 Pass = Callable[[Graph], int]
 
-PASSES: tuple[Pass, ...] = (keep_order, fuse_add)
+PASSES: tuple[Pass, ...] = (keep_order, fuse_quant, fuse_add)
 """All passes, in the order in which they run; `keep_order` is always on, and runs again at the end, over what the others made."""
 
 

@@ -35,17 +35,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def fuse_add(graph: Graph) -> int:
     """**Rewrite**::
 
-        out = combine(y, route); z = a * out + b * other      ->  z = combine(y, route, addend=other, out_scale=a, addend_scale=b)
-        combine(rows * weights.unsqueeze(-1), route)          ->  combine(rows, route, row_weights=weights)
+        out = combine(y, route); z = a * out + b * other  -> z = combine(y, route, addend=other, out_scale=a, addend_scale=b)
+        combine(rows * weights.unsqueeze(-1), route)   -> combine(rows, route, row_weights=weights)
 
-    **Requires** of the addition: nobody else sees ``out`` or what it passes through on the way (reshapes, dtype casts, scalars);
-    ``other`` has the very shape of the sum (no broadcasting) on the same device, does not need the combine, and can be computed
-    before it without moving an exchange or crossing a write; scalars whose product is exact in float32; a sum that is wider than
-    the combine's rows is cast back at once.  Of the weights: one float weight a row, a product that nobody else reads, a
-    combine without weights.
+    **Requires** of the addition: nobody else sees ``out`` or what it passes through on the way (reshapes, dtype
+    casts, scalars); ``other`` has the very shape of the sum (no broadcasting) on the same device, does not need the
+    combine, and can be computed before it without moving an exchange or crossing a write; scalars whose product is
+    exact in float32; a sum that is wider than the combine's rows is cast back at once.  Of the weights: one float
+    weight a row, a product that nobody else reads, a combine without weights.
 
-    **Guarantees**: one rounding, to the dtype that the combine has, where the unfused graph rounded after each step; the order
-    of exchanges is untouched.
+    **Guarantees**: one rounding, to the dtype that the combine has, where the unfused graph rounded after each step;
+    the order of exchanges is untouched.
     """
     count = 0
     for combine in epops_calls(graph, ("combine", "combine_wait")):

@@ -79,7 +79,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     """Equal up to ``tolerance`` of the largest value."""
     assert got.dtype == expected.dtype and got.shape == expected.shape
     if tolerance == 0.0 or not got.is_floating_point():
-        raw = [item.contiguous().view(torch.uint8) for item in (got, expected)]
+        raw = [item.reshape(-1).contiguous().view(torch.uint8) for item in (got, expected)]
         assert torch.equal(*raw), f"{(raw[0] != raw[1]).sum()} bytes differ"
         return
     largest = expected.float().abs().max().item() if expected.numel() else 0.0

@@ -1,0 +1,188 @@
+"""fp8 quantizers as people write them: each takes rows (…, H) and returns fp8 rows and scales."""
+
+from __future__ import annotations
+
+import torch
+
+import epops
+
+FP8 = torch.float8_e4m3fn
+TOP = 448.0
+
+
+def blocks_of_128(x):
+    """The spelling of fine-grained fp8 GEMM libraries: eps on amax, multiply by the inverse."""
+    tokens, hidden = x.shape
+    view = x.view(tokens, -1, 128)
+    amax = view.abs().float().amax(dim=2).view(tokens, -1).clamp(1e-4)
+    scale = amax / TOP
+    return (view * (1.0 / scale.unsqueeze(2))).to(FP8).view(tokens, hidden), scale
+
+
+def blocks_of_128_powers_of_two(x):
+    """The same with scales rounded up to powers of two by their bits."""
+    tokens, hidden = x.shape
+    view = x.view(tokens, -1, 128)
+    scale = view.abs().float().amax(dim=2).view(tokens, -1).clamp(1e-4) / TOP
+    bits = scale.abs().float().view(torch.int)
+    exponent = ((bits >> 23) & 0xFF) + (bits & 0x7FFFFF).bool().int()
+    scale = (exponent.clamp(1, 254) << 23).view(torch.float)
+    return (view * (1.0 / scale.unsqueeze(2))).to(FP8).view(tokens, hidden), scale
+
+
+def per_token(x):
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-10) / TOP
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def per_token_scaled(x):
+    """A reciprocal as Python divides by a tensor."""
+    inverse = TOP / x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    return (x * inverse).clamp(-TOP, TOP).to(FP8), inverse.reciprocal()
+
+
+def per_token_in_float64(x):
+    """The dynamic row-wise quantizer of torchao's float8 training."""
+    amax = torch.amax(torch.abs(x.abs().float()), dim=-1, keepdim=True).to(torch.float64)
+    inverse = (TOP / torch.clamp(amax, min=1e-12)).to(torch.float32)
+    return (x * inverse).clamp(min=-TOP, max=TOP).to(FP8), inverse.reciprocal()
+
+
+def repeated_scales(x):
+    """Blocks by repeat_interleave, no eps, no clamp."""
+    scale = x.reshape(-1, x.shape[-1] // 128, 128).abs().amax(-1).float() / TOP
+    return (x / scale.repeat_interleave(128, -1)).to(FP8), scale
+
+
+def log2_of_a_minimum(x):
+    """Powers of two by log2, eps on the scale by maximum, UE8M0 out, unflatten and flatten."""
+    wide = x.float().unflatten(-1, (-1, 64))
+    scale = torch.maximum(wide.abs().max(-1, keepdim=True)[0] / TOP, torch.tensor(1e-8))
+    scale = torch.pow(2, torch.ceil(torch.log2(scale)))
+    return torch.clip(wide / scale, -TOP, TOP).flatten(-2).to(FP8), scale.squeeze(-1).to(torch.float8_e8m0fnu)
+
+
+def aten_spelling(x):
+    aten = torch.ops.aten
+    wide = aten._to_copy.default(x, dtype=torch.float32)
+    amax = aten.unsqueeze.default(aten.amax.default(aten.abs.default(wide), [1]), 1)
+    scale = aten.div.Tensor(aten.clamp_min.default(amax, 1e-6), 448)
+    return aten._to_copy.default(aten.clamp.default(aten.div.Tensor(wide, scale), -448, 448), dtype=FP8), scale
+
+
+def of_epops(x):
+    return epops.quantize(x, scale_format="ue8m0")
+
+
+def of_epops_padded(x):
+    return epops.quantize(x, block=96, scale_math="reciprocal")
+
+
+KNOWN = {
+    blocks_of_128: {
+        "block": 128,
+        "scale_math": "multiply",
+        "scale_format": "float32",
+        "eps_on": "amax",
+        "clamp": False,
+    },
+    blocks_of_128_powers_of_two: {
+        "block": 128,
+        "scale_math": "multiply",
+        "scale_format": "float32_pow2",
+        "clamp": False,
+    },
+    per_token: {"block": 0, "scale_math": "divide", "scale_format": "float32", "eps_on": "amax", "clamp": True},
+    per_token_scaled: {"block": 0, "scale_math": "reciprocal", "scale_format": "float32", "clamp": True},
+    per_token_in_float64: {"block": 0, "scale_math": "reciprocal_exact", "scale_format": "float32", "clamp": True},
+    repeated_scales: {"block": 128, "scale_math": "divide", "eps": 0.0, "clamp": False},
+    log2_of_a_minimum: {
+        "block": 64,
+        "scale_math": "divide_log2",
+        "scale_format": "ue8m0",
+        "eps_on": "scale",
+        "clamp": True,
+    },
+    aten_spelling: {"block": 0, "scale_math": "divide", "clamp": True},
+    of_epops: {"block": 128, "scale_math": "divide", "scale_format": "ue8m0", "clamp": True},
+    of_epops_padded: {"block": 96, "scale_math": "reciprocal", "clamp": True},
+}
+"""What `fuse_quant` has to read out of each."""
+
+
+# ---- near misses: arithmetic that the op does not have ---------------------------------------------------------------
+
+
+def in_bfloat16(x):
+    scale = x.bfloat16().abs().amax(-1, keepdim=True) / TOP
+    return (x.bfloat16() / scale).to(FP8), scale.float()
+
+
+def by_the_product_with_an_inverse_constant(x):
+    scale = x.float().abs().amax(-1, keepdim=True) * (1 / TOP)
+    return (x.float() / scale).to(FP8), scale
+
+
+def to_another_top(x):
+    scale = x.float().abs().amax(-1, keepdim=True) / 240.0
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def clamped_on_one_side(x):
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-6) / TOP
+    return (x.float() / scale).clamp(max=TOP).to(FP8), scale
+
+
+def of_a_whole_tensor(x):
+    scale = x.float().abs().amax() / TOP
+    return (x.float() / scale).to(FP8), scale.expand(x.shape[0], 1).contiguous()
+
+
+def of_columns(x):
+    scale = x.float().abs().amax(0, keepdim=True) / TOP
+    return (x.float() / scale).to(FP8), scale.expand(x.shape[0], -1).contiguous()
+
+
+def of_the_mean(x):
+    scale = x.float().abs().mean(-1, keepdim=True) / TOP
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def of_the_maximum_without_abs(x):
+    scale = x.float().amax(-1, keepdim=True) / TOP
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def rounded_down(x):
+    scale = torch.exp2(torch.floor(torch.log2(x.float().abs().amax(-1, keepdim=True) / TOP)))
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def two_eps(x):
+    scale = (x.float().abs().amax(-1, keepdim=True).clamp(min=1e-4) / TOP).clamp(min=1e-5)
+    return (x.float() / scale).to(FP8), scale
+
+
+def scaled_twice(x):
+    scale = x.float().abs().amax(-1, keepdim=True) / TOP
+    return (x.float() * 2 / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def other_scales_returned(x):
+    rows, scale = per_token(x)
+    return rows, scale * 2
+
+
+UNKNOWN = [
+    in_bfloat16,
+    by_the_product_with_an_inverse_constant,
+    to_another_top,
+    clamped_on_one_side,
+    of_a_whole_tensor,
+    of_columns,
+    of_the_mean,
+    of_the_maximum_without_abs,
+    rounded_down,
+    two_eps,
+    scaled_twice,
+]
