@@ -11,10 +11,9 @@ import functools
 import types
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import nn
 
+from ..group import get_group
 from .cache import FrozenCache
 from .site import Serving, serving
 
@@ -85,10 +84,8 @@ def _has_unfinished_sequences(
 ) -> bool:
     if not synced_gpus:
         return original(this_peer_finished, synced_gpus, device)
-    group = state.serving.group
-    unfinished = torch.tensor([not this_peer_finished], dtype=torch.int32)
-    dist.all_reduce(unfinished, group=group.control)
-    if not unfinished.item():
+    finished = get_group(state.serving.group.name).host_all_gather([int(this_peer_finished)])
+    if all(peer for (peer,) in finished):
         return False
     if this_peer_finished:
         state.idle()

@@ -46,7 +46,7 @@ def parallelize(model: nn.Module, group: Any, *, grad_reduce: str = "mean") -> n
     if already:
         raise ValueError(f"epops.parallelize: model: {next(iter(already))!r} is sharded already; call it once a model")
     plans = _plan(model)
-    _shard(model, plans, group, mean=grad_reduce == "mean")
+    _shard(model, plans, group, grad_reduce)
     synchronize_generate(model, group)
     return model
 
@@ -84,21 +84,13 @@ def _first_match(adapters: tuple[Adapter, ...], module: nn.Module) -> Adapter | 
     return next((adapter for adapter in adapters if adapter.matches(module)), None)
 
 
-def _shard(model: nn.Module, plans: dict[str, Plan], group: Any, *, mean: bool) -> None:
+def _shard(model: nn.Module, plans: dict[str, Plan], group: Any, grad_reduce: str) -> None:
     done: dict[int, Any] = {}
     for name, plan in plans.items():
         module = model.get_submodule(name)
-        site = Site(
-            name=name,
-            group=group.settings,
-            num_experts=plan.num_experts,
-            num_slots=layout.num_slots_for(plan.num_experts, group.size),
-            ep_size=group.size,
-            mean=mean,
-            serving=serving(group),
-            shards=plan.shards,
-            names=plan.names,
-        )
+        slots = layout.num_slots_for(plan.num_experts, group.size)
+        facts = f"{plan.num_experts} {slots} {group.size} {grad_reduce}"
+        site = Site(name, facts, serving(group), plan.shards, plan.names)
         module.__dict__[ATTRIBUTE] = site
         shard_in_place(module, group.rank, done)
         plan.install(module)

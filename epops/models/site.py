@@ -63,12 +63,8 @@ class Site:
     """One routed-experts module of a sharded model.  Nothing in here differs between ranks, the rank itself included."""
 
     name: str
-    group: Any
-    """The group's settings, a tuple of ints and its name: all that ops ask for."""
-    num_experts: int
-    num_slots: int
-    ep_size: int
-    mean: bool
+    facts: str
+    """E, L, R and "mean" or "sum".  A str, because Dynamo makes graph inputs of ints that it finds in objects if dynamic."""
     serving: Serving
     shards: dict[str, Shard] = dataclasses.field(default_factory=dict)
     """Names of parameters and buffers, relative to the module, that hold this rank's experts."""
@@ -76,9 +72,26 @@ class Site:
     """Of those, tensors stacked from experts that are modules of their own → the unsharded layout's names, by expert."""
 
     @property
+    def group(self) -> Any:
+        """What ops take as their group."""
+        return self.serving.group
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.facts.split()[0])
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.facts.split()[1])
+
+    @property
+    def ep_size(self) -> int:
+        return int(self.facts.split()[2])
+
+    @property
     def scale(self) -> float:
         """What the gradient of a loss averaged over ranks is divided by, on its way through the experts."""
-        return float(self.ep_size) if self.mean else 1.0
+        return float(self.ep_size) if self.facts.endswith("mean") else 1.0
 
 
 def site_of(module: nn.Module) -> Site | None:
