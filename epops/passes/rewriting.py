@@ -128,3 +128,5 @@ def set_arguments(node: Node, changes: dict[str, Any]) -> None:
         for item in schema.arguments
         if item.kwarg_only and (item.name in node.kwargs or item.name in changes or not item.has_default_value())
     }
+    if "eager_input_vals" in node.meta:  # what Inductor lays the inputs out by: it pairs them with the arguments
+        node.meta["eager_input_vals"] = map_arg((node.args, node.kwargs), value)
