@@ -204,6 +204,9 @@ class ExpertGroup:
                 self._error_host.zero_()
                 self._error_word.zero_()
                 self.record("exchange", bits, "found on the device")
+        take_errors = getattr(self.transport, "take_errors", None)
+        for bits, where in take_errors() if take_errors is not None else []:
+            self.record("exchange", bits, where)
         return self._errors
 
     def check(self) -> None:
@@ -213,7 +216,14 @@ class ExpertGroup:
         errors = self.pending_errors()
         if errors:
             text = "; ".join(dict.fromkeys(message for _, message in errors))
+            found = 0
+            for bits, _ in errors:
+                found |= bits
             self._errors = []
+            if found & (words.STATUS_TIMEOUT | words.STATUS_EXCLUDED):
+                raise PeerError(f"{text}; the rank named no longer takes part: see what ended or stalled it")
+            if found & words.STATUS_DISAGREE:
+                raise DisagreementError(f"{text}; all ranks must make the same calls with the same settings in the same order")
             raise RoutingError(f"{text}; the selections named were treated as -1: mend the router or raise the capacity")
 
     # ---- exchanges -------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -115,3 +115,40 @@ def eager_backward_compile() -> Any:
     if hasattr(config, "force_non_lazy_backward_lowering"):
         return config.patch(force_non_lazy_backward_lowering=True)
     return contextlib.nullcontext()
+
+
+def symmetric_empty(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """(num_bytes,) uint8 on ``device`` that peers can map; see `symmetric_addresses`."""
+    from torch.distributed import _symmetric_memory
+
+    return _symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+def symmetric_addresses(tensor: torch.Tensor, process_group: Any) -> tuple[Any, list[int]]:
+    """Map the tensors that all ranks of ``process_group`` made by `symmetric_empty`: a handle to keep, and an address a rank."""
+    from torch.distributed import _symmetric_memory
+
+    handle = _symmetric_memory.rendezvous(tensor, process_group.group_name)
+    return handle, [int(pointer) for pointer in handle.buffer_ptrs]
+
+
+class CompileCounts(NamedTuple):
+    """What torch.compile has done in this process so far."""
+
+    graphs: int
+    """Graphs that Dynamo captured."""
+    graph_breaks: int
+    cache_hits: int
+    """Graphs, a forward and its backward being one, that came out of a compile cache."""
+    cache_misses: int
+
+
+def compile_counts() -> CompileCounts:
+    """Dynamo's and the compile caches' counters."""
+    from torch._dynamo.utils import counters
+
+    caches = counters["aot_autograd"]
+    hits, misses = caches["autograd_cache_hit"], caches["autograd_cache_miss"] + caches["autograd_cache_bypass"]
+    return CompileCounts(
+        counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), int(hits), int(misses)
+    )

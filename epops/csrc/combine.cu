@@ -220,7 +220,10 @@ __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& 
   if (p.grad_row_weights != nullptr && g.part == 0 && waited) {
     // The rank of selection k is lost when its answer is: find it among those that came.
     bool came = rank == me;
-    for (int i = 0; i < num; ++i) came = came || __shfl_sync(~0u, source, i) == rank;
+    for (int i = 0; i < num; ++i) {
+      const int answered = __shfl_sync(~0u, source, i);
+      came = came || answered == rank;
+    }
     if (lane < p.top_k) {
       float value = 0.f;
       if (rank >= 0 && came) {

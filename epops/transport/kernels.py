@@ -16,6 +16,8 @@ from .. import layout as words
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 BYTES = 3
+MAX_RANKS, MAX_TOP_K = _C.max_ranks, _C.max_top_k
+ARCHS = [name for name in _C.cuda_archs.split(";") if name]
 QUANT_MATHS = {"divide": 0, "multiply": 1, "reciprocal": 2, "reciprocal_exact": 3}
 QUANT_BLOCKS = (0, 16, 32, 64, 128, 256, 512)
 
@@ -272,8 +274,9 @@ def combine(
     p.grad_row_weights, p.grad_topk_weights = address(grad_row_weights), address(grad_weights)
     p.out, p.status = address(out), address(status)
     p.call_hash = call_hash(
-        op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, plan.group_warps, plan.warps_per_token, lane
-    )
+        op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, plan.group_warps,
+        plan.warps_per_token, lane
+    )  # fmt: skip
     _C.launch_combine(p, stream_of(y))
     return out, grad_weights, status
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +69,14 @@ def slots_of(shape: Shape) -> torch.Tensor:
     return expert // block * shape.num_slots + expert % block
 
 
+def own_stream() -> torch.cuda.ExternalStream:
+    """A stream of its own: torch's come from a pool of 32, and ranks that share one never run at once."""
+    handle = ctypes.c_void_p()
+    error = torch.cuda.cudart().cudaStreamCreate(ctypes.addressof(handle))
+    assert int(error) == 0, f"cudaStreamCreate failed: {error}"
+    return torch.cuda.ExternalStream(handle.value)
+
+
 class Ranks:
     """The memories of all ranks, on one device."""
 
@@ -90,7 +99,7 @@ class Ranks:
             self.workspaces.append(ws)
         for ws in self.workspaces:
             ws.set_peers([memory.data_ptr() for memory in self.memories])
-        self.streams = [torch.cuda.Stream() for _ in range(num_ranks)]
+        self.streams = [own_stream() for _ in range(num_ranks)]
         torch.cuda.synchronize()
 
     def plan(self, op: str, max_tokens: int) -> kernels.Plan:
