@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from . import registration
 from .errors import DisagreementError, EpopsError, GroupError, PeerError, RoutingError
 from .group import ExpertGroup, check_all, get_group
 from .ops.all_to_all import (
@@ -33,6 +34,7 @@ _LAZY = {
     "backend": "epops.backend",
     "PASSES": "epops.passes",
     "save_exchanges": "epops.checkpoint",
+    "checkpoint_contexts": "epops.checkpoint",
     "parallelize": "epops.models",
     "expert_parameters": "epops.models",
     "register_adapter": "epops.models",
@@ -71,6 +73,7 @@ __all__ = [
     "all_to_all_wait",
     "backend",
     "check_all",
+    "checkpoint_contexts",
     "clip_grad_norm_",
     "combine",
     "combine_start",
@@ -93,3 +96,5 @@ __all__ = [
     "register_adapter",
     "save_exchanges",
 ]
+
+registration.install()

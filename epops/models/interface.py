@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 
 from .autograd import call_replicated
 from .experts import Rows, exchange, linear
-from .site import Shard, site_of
+from .site import Shard, Site, site_of
 
+NAME = "epops"
 FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
-ROUTING = ("hidden_states", "top_k_index", "top_k_weights")
 
 
 def matches(module: nn.Module) -> bool:
@@ -33,6 +34,18 @@ def shards(module: nn.Module) -> dict[str, Shard]:
     return {name: Shard(rows) for name, t in tensors.items() if t is not None and t.dim() > 0 and t.shape[0] == rows}
 
 
+def register(module: ModuleType) -> None:
+    """Make ``set_experts_implementation("epops")`` a name that transformers knows: `parallelize` does the rest."""
+
+    def experts(self: nn.Module, *_: Any, **__: Any) -> Tensor:
+        raise ValueError(
+            f"epops experts {type(self).__name__}: expected experts sharded over a group, got all {self.num_experts} of them here; "
+            "call epops.parallelize(model, group)"
+        )
+
+    module.ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
+
+
 def install(module: nn.Module) -> None:
     """Give the instance, and only it, a forward over the ranks: other models may share its class and its config."""
     names = list(inspect.signature(module.forward).parameters)[:3]
@@ -45,16 +58,19 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     site = site_of(self)
     assert site is not None, "installed by parallelize only"
     x, topk_idx, topk_weights = args + tuple(kwargs[name] for name in self._epops_arguments[len(args) :])
-    # Families mark a selection that is to be skipped by the number of experts, one past the last.
-    topk_idx = torch.where(topk_idx == site.num_experts, -1, topk_idx)
 
     def compute(rows: Rows) -> Tensor:
-        return _experts(self, site.group, rows)
+        return run(self, site.group, rows)
 
-    return exchange(site, x, topk_idx, topk_weights, compute)
+    return exchange(site, x, unskipped(site, topk_idx), topk_weights, compute)
 
 
-def _experts(self: nn.Module, group: Any, rows: Rows) -> Tensor:
+def unskipped(site: Site, topk_idx: Tensor) -> Tensor:
+    """Families mark a selection that is to be skipped by the number of experts, one past the last: here it is -1."""
+    return torch.where(topk_idx == site.num_experts, -1, topk_idx)
+
+
+def run(self: nn.Module, group: Any, rows: Rows) -> Tensor:
     """Up, gate, down on rows grouped by expert."""
     up = "gate_up_proj" if self.has_gate else "up_proj"
     h = _project(self, rows, rows.x, up)
