@@ -22,10 +22,11 @@ from .fuse_add import fuse_add
 from .fuse_quant import fuse_quant
 from .keep_order import keep_order
 from .ordering import pin
+from .overlap import overlap
 
 Pass = Callable[[Graph], int]
 
-PASSES: tuple[Pass, ...] = (keep_order, fuse_quant, fuse_add)
+PASSES: tuple[Pass, ...] = (keep_order, fuse_quant, fuse_add, overlap)
 """All passes, in the order in which they run; `keep_order` is always on, and runs again at the end, over what the others made."""
 
 

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ..schema import EXCHANGES
+from ..torch_private import is_control_deps
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
@@ -214,14 +217,14 @@ def writes(node: Node) -> bool:
 
 
 def is_exchange(node: Any) -> bool:
-    """Whether a node talks to other ranks: an epops exchange or a collective of torch.distributed."""
-    from ..schema import EXCHANGES
-
+    """Whether a node talks to other ranks: an epops exchange, a collective of torch.distributed, or one behind a pinned order."""
     name = op_name(node)
     if name is not None:
         return name in EXCHANGES
     if not isinstance(node, Node) or node.op != "call_function":
         return False
+    if is_control_deps(node):
+        return True
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.name.split("::")[0] in (
         "_c10d_functional",
