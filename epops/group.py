@@ -299,7 +299,9 @@ class ExpertGroup:
 
     def _guarded(self, exchange: Callable[[int], Any], sequence: int) -> Any:
         try:
-            return exchange(sequence)
+            # The worker thread starts with autograd on; what an exchange is made of records none anywhere.
+            with torch.no_grad():
+                return exchange(sequence)
         except PeerError as error:
             # gloo cannot go on after a peer left; an abort is a message like any other.
             if error.__cause__ is not None:

@@ -34,8 +34,9 @@ ROUTE_VERSION = 1
 ROUTE_HEADER = 32
 """int32 words before a route's sections.  Word by word:
 
-0 magic · 1 version · 2 layout code · 3 T · 4 M · 5 K · 6 R · 7 L · 8 C · 9 alignment · 10 rank · 11 sequence number of
-the dispatch · 12 valid rows received · 13 lane · 14 E · 15 rows dropped · 16 … 31 zero.
+0 magic · 1 version · 2 layout code · 3 T · 4 M · 5 K · 6 R · 7 L · 8 C · 9 alignment · 10 rank · 11 zero ·
+12 valid rows received · 13 lane · 14 E · 15 rows dropped · 16 … 31 zero.  Nothing in it tells one call from the next: equal
+inputs give equal routes.
 
 Then, in this order: ``mask`` (R,), 1 = the rank took part; ``send_slot`` (T, K), the global slot that each selection went
 to, -1 = none; ``recv_row`` (R, M, K), the row of ``rows`` that holds selection k of token m of rank r, -1 = not
@@ -46,7 +47,7 @@ here.  In the ``rank`` layout every local k of a token names the same row; in ``
 STATUS_WORDS = 8
 """int32 words of ``status``: 0 bits of `STATUS_BITS` · 1 valid rows received · 2 rows dropped for want of capacity ·
 3 selections out of range on this rank · 4 selections repeated in a token on this rank · 5 peer (or -1) ·
-6 sequence number · 7 zero.  Bits are the group's: every rank of the call sees what any rank saw."""
+6, 7 zero.  Bits are the group's: every rank of the call sees what any rank saw."""
 
 STATUS_OVERFLOW = 1
 STATUS_BAD_INDEX = 2

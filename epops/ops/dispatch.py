@@ -328,7 +328,6 @@ def _receive(
         num_slots=a["num_slots"],
         rank=group.rank,
         lane=a["lane"],
-        sequence=sequence,
         num_rows=grouped.num_rows,
         num_dropped=grouped.num_dropped,
         mask=sent.mask,

@@ -118,7 +118,7 @@ def settle(
         facts = [f"{dropped} rows dropped"] * bool(dropped) + [f"{bad} indices out of range here"] * bool(bad)
         facts += [f"{repeated} repeated choices here"] * bool(repeated)
         group.record(op, bits, f"rank {group.rank}, epoch {sequence}: {', '.join(facts) or 'on another rank'}")
-        return torch.tensor([bits, rows, dropped, bad, repeated, -1, sequence & 0x7FFFFFFF, 0], dtype=torch.int32)
+        return torch.tensor([bits, rows, dropped, bad, repeated, -1, 0, 0], dtype=torch.int32)
     status = torch.zeros(words.STATUS_WORDS, dtype=torch.int64, device=device)
     status[1], status[2], status[3], status[4], status[5] = num_rows, num_dropped, num_bad, num_repeated, -1
     status[0] = bits | (status[2] != 0).to(torch.int64) * words.STATUS_OVERFLOW
