@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -126,29 +126,7 @@ def symmetric_empty(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 def symmetric_addresses(tensor: torch.Tensor, process_group: Any) -> tuple[Any, list[int]]:
     """Map the tensors that all ranks of ``process_group`` made by `symmetric_empty`: a handle to keep, and an address a rank."""
-    from torch.distributed import _symmetric_memory
+    from torch._C._distributed_c10d import _SymmetricMemory
 
-    handle = _symmetric_memory.rendezvous(tensor, process_group.group_name)
+    handle = _SymmetricMemory.rendezvous(tensor, process_group.group_name)
     return handle, [int(pointer) for pointer in handle.buffer_ptrs]
-
-
-class CompileCounts(NamedTuple):
-    """What torch.compile has done in this process so far."""
-
-    graphs: int
-    """Graphs that Dynamo captured."""
-    graph_breaks: int
-    cache_hits: int
-    """Graphs, a forward and its backward being one, that came out of a compile cache."""
-    cache_misses: int
-
-
-def compile_counts() -> CompileCounts:
-    """Dynamo's and the compile caches' counters."""
-    from torch._dynamo.utils import counters
-
-    caches = counters["aot_autograd"]
-    hits, misses = caches["autograd_cache_hit"], caches["autograd_cache_miss"] + caches["autograd_cache_bypass"]
-    return CompileCounts(
-        counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), int(hits), int(misses)
-    )

@@ -26,7 +26,7 @@ for name in "$@"; do
   case "$name" in
     build) stage build 180 env EPOPS_BUILD_CUDA=1 python3 setup.py --quiet build_ext --inplace ;;
     virtual) stage virtual 240 python3 -m pytest -q --maxfail ${MAXFAIL:-5} --timeout 60 --timeout-method thread tests/gpu/test_virtual_ranks.py ${TESTS:+-k "$TESTS"} ;;
-    ranks) stage ranks 240 python3 -m pytest -q -x --timeout 100 tests/gpu/test_nvlink.py ${TESTS:+-k "$TESTS"} ;;
+    ranks) stage ranks 240 python3 -m pytest -q --maxfail 4 --timeout 100 --timeout-method thread tests/gpu/test_nvlink.py ${TESTS:+-k "$TESTS"} ;;
     sanitize)
       for tool in memcheck racecheck; do
         stage "$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 \

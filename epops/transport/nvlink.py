@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -132,9 +131,9 @@ class PeerMemory:
             self.tensor = symmetric_empty(self.num_bytes, group.device)
             self.tensor.zero_()
             torch.cuda.synchronize(group.device)
-            self.handle, addresses = symmetric_addresses(self.tensor, group.control)
+            self.handle, addresses = symmetric_addresses(self.tensor, group.process_group)
             # Nobody stores to a peer's memory before the peer has zeroed it.
-            group.control.barrier().wait(timedelta(seconds=group.timeout))
+            group.host_all_gather([self.num_bytes])
         self.workspace.set_peers(addresses)
         torch.cuda.synchronize(group.device)
 
@@ -152,16 +151,7 @@ class NvlinkTransport:
         self.num_sms = torch.cuda.get_device_properties(group.device).multi_processor_count
         self._memories: dict[int, list[PeerMemory]] = {}
         self._plans: dict[tuple[str, int], kernels.Plan] = {}
-        self._process_group = group.process_group
-        self._timeout = group.timeout
-        self._nccl: dist.ProcessGroup | None = None
-        if group.size > 1:
-            self._nccl = dist.new_group(
-                dist.get_process_group_ranks(group.process_group),
-                timeout=timedelta(seconds=group.timeout),
-                backend="nccl",
-                use_local_synchronization=True,
-            )
+        self._nccl = group._communicator("nccl", "rows")
 
     def __repr__(self) -> str:
         return f"nvlink, {self.workspace_bytes / 2**20:.1f} MiB of peer memory"
@@ -232,7 +222,6 @@ class NvlinkTransport:
         quant: kernels.QuantSettings | None,
         a: dict[str, Any],
     ) -> tuple[torch.Tensor, ...]:
-        owner.check_fast()
         num_experts, num_slots, max_tokens = a["num_experts"], a["num_slots"], a["max_tokens"]
         hidden, top_k = x.shape[1], topk_idx.shape[1]
         itemsize = x.element_size() if quant is None else quant.quant_dtype.itemsize
@@ -314,7 +303,6 @@ class NvlinkTransport:
         out_dtype: torch.dtype,
         a: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        owner.check_fast()
         self._check_values(op, "y", y)
         if out_dtype not in kernels.DTYPES:
             raise _unfit(op, "out_dtype", "bfloat16, float16 or float32", out_dtype)
@@ -352,7 +340,6 @@ class NvlinkTransport:
         y_scales: Any = None,
         **a: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        owner.check_fast()
         if y_scales is not None:
             from ..reference.quantize import dequantize_rows
 
@@ -391,7 +378,7 @@ class NvlinkTransport:
         if self.size == 1:
             return buffer.clone()
         received = torch.empty_like(buffer)
-        dist.all_to_all_single(received, buffer.contiguous(), group=self._nccl)
+        self._nccl.alltoall_base(received, buffer.contiguous(), [], []).wait()
         return received
 
     # ---- errors and the end ------------------------------------------------------------------------------------------------
@@ -415,8 +402,6 @@ class NvlinkTransport:
         torch.cuda.synchronize(self.device)
         self._memories.clear()
         self._plans.clear()
-        if self._nccl is not None and dist.is_initialized():
-            dist.destroy_process_group(self._nccl)
         self._nccl = None
 
 
