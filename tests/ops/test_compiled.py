@@ -96,7 +96,7 @@ def eager_and_compiled(rank: int, size: int) -> list[int]:
             for a, b in zip(
                 torch.autograd.grad(out.pow(2).sum(), leaves), torch.autograd.grad(expected.pow(2).sum(), leaves)
             ):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-5 * float(b.abs().max()))
         stats = torch._dynamo.utils.counters
         assert not stats["graph_break"]
         return [stats["stats"]["unique_graphs"], len(passes.reports), sum(stats["aot_autograd"].values()) > 0]
