@@ -68,8 +68,22 @@ def difference(value: Tensor, reference: Tensor) -> float:
     return ((value - reference).abs().max() / reference.abs().max().clamp(min=1e-30)).item()
 
 
-def _compiled(model: Any, compiled: bool, fullgraph: bool = True) -> Any:
-    return torch.compile(model, fullgraph=fullgraph, backend="epops") if compiled else model
+COMPILERS = ("eager", "graph", "epops")
+"""How a model runs: as it is; captured whole and rewritten by the passes, its graph run node by node; or compiled."""
+
+
+def _compiled(model: Any, compiler: str, fullgraph: bool = True) -> Any:
+    if compiler == "eager":
+        return model
+    if compiler == "epops":
+        return torch.compile(model, fullgraph=fullgraph, backend="epops")
+    from ..inspection.capture import all_passes, apply_passes
+    from ..torch_private import graphs_backend
+
+    def rewrite(module: torch.fx.GraphModule, kind: str) -> None:
+        apply_passes(module, all_passes(), kind)
+
+    return torch.compile(model, fullgraph=fullgraph, backend=graphs_backend(rewrite, run=True))
 
 
 def graph_breaks() -> int:
@@ -78,7 +92,12 @@ def graph_breaks() -> int:
 
 
 def forward(
-    family: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False, fullgraph: bool = True, **overrides: Any
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    compiler: str = "eager",
+    fullgraph: bool = True,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Outputs of the sharded model against the one-process model, each rank on its own batch."""
     c = case(family, dtype, **overrides)
@@ -87,12 +106,17 @@ def forward(
         with record_routing(c.ref) as routing:
             expected = output_of(c.ref(**batch))
         with replay_routing(c.model, routing if dtype != torch.float32 else {}):
-            got = output_of(_compiled(c.model, compiled, fullgraph)(**batch))
+            got = output_of(_compiled(c.model, compiler, fullgraph)(**batch))
         return {"error": difference(got, expected), "breaks": graph_breaks()}
 
 
 def gradients(
-    family: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False, fullgraph: bool = True, **overrides: Any
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    compiler: str = "eager",
+    fullgraph: bool = True,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Outputs and all gradients of a training step against the one-process model on all ranks' batches."""
     c = case(family, dtype, **overrides)
@@ -112,7 +136,7 @@ def gradients(
             if parameter.grad is not None:
                 total[name] = total.get(name, 0) + parameter.grad.float() / c.ranks
     with replay_routing(c.model, routing if dtype != torch.float32 else {}):
-        answer = _compiled(c.model, compiled, fullgraph)(**c.batch(c.rank))
+        answer = _compiled(c.model, compiler, fullgraph)(**c.batch(c.rank))
     loss_of(answer).backward()
     got = full_gradients(c.model, c.ranks)
     _require_all(set(got), set(total))
@@ -126,7 +150,7 @@ def gradients(
     }
 
 
-def generate(family: str, *, compiled: bool = False, max_new_tokens: int = 6, **overrides: Any) -> dict[str, Any]:
+def generate(family: str, *, compiler: str = "eager", max_new_tokens: int = 6, **overrides: Any) -> dict[str, Any]:
     """Greedy tokens of ``generate`` against the one-process model's, with a static cache where the family has one.
 
     Prompts differ in length from rank to rank and generations end at different steps: rank 0 ends at the token that it
@@ -144,7 +168,7 @@ def generate(family: str, *, compiled: bool = False, max_new_tokens: int = 6, **
         if c.rank == 0 and first.shape[1] > start + 2:
             settings["eos_token_id"] = first[0, start + 1].item()
         expected = _tokens(c.ref, prompt, settings)
-        if compiled:
+        if compiler == "epops":
             settings["compile_config"] = CompileConfig(backend="epops", fullgraph=True)
             settings["compile_config"]._compile_all_devices = True
         got = _tokens(c.model, prompt, settings)

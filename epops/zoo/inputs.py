@@ -18,6 +18,8 @@ def inputs(family: str, model: Any, batch: int = 2, seqlen: int = 8, seed: int =
     kwargs: dict[str, Any] = {"input_ids": ids}
     if model.config.is_encoder_decoder or hasattr(model.config, "canvas_length"):
         length = max(1, seqlen // 2)
+        # made up when it is absent, but not while compiling
+        kwargs["attention_mask"] = torch.ones_like(ids)
         kwargs["decoder_input_ids"] = torch.randint(FIRST_TOKEN, vocab, (batch, length), generator=generator)
     if getattr(model.config, "use_cache", None) is not None:
         kwargs["use_cache"] = False
