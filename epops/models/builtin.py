@@ -14,6 +14,7 @@ from .families.longcat_flash import LongcatFlash
 from .families.nllb_moe import NllbMoe
 from .families.step3p7 import Step3p7
 from .families.switch_transformers import SwitchTransformers
+from .plain.blocks import ModuleLoop, StackedLoop
 
 
 class ExpertsInterface(Adapter):
@@ -37,4 +38,6 @@ ADAPTERS: tuple[Adapter, ...] = (
     NllbMoe(),
     Step3p7(),
     SwitchTransformers(),
+    ModuleLoop(),
+    StackedLoop(),
 )

@@ -39,8 +39,8 @@ def register(module: ModuleType) -> None:
 
     def experts(self: nn.Module, *_: Any, **__: Any) -> Tensor:
         raise ValueError(
-            f"epops experts {type(self).__name__}: expected experts sharded over a group, got all {self.num_experts} of them here; "
-            "call epops.parallelize(model, group)"
+            f"epops experts {type(self).__name__}: expected experts sharded over a group, got all {self.num_experts}; call "
+            "epops.parallelize(model, group)"
         )
 
     module.ALL_EXPERTS_FUNCTIONS.register(NAME, experts)

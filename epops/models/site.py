@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,3 +104,8 @@ def site_of(module: nn.Module) -> Site | None:
 def sites(model: nn.Module) -> dict[str, nn.Module]:
     """Name → module of every sharded experts module of ``model``, each once, in the order of registration."""
     return {name: module for name, module in model.named_modules() if site_of(module) is not None}
+
+
+def set_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    """Replace a method of this instance, and of no other."""
+    setattr(module, name, types.MethodType(function, module))

@@ -76,7 +76,8 @@ def check_family(
     whole = zoo.tiny(family, **(overrides or {})).to(dtype).eval()
     everyone = batches(family, whole, size)
     expected_out, _ = run(whole, everyone[rank])
-    with epops.ExpertGroup(None, max_tokens=max(b["input_ids"].numel() for b in everyone)) as group:
+    tokens = max(b["input_ids"].numel() for b in everyone)
+    with epops.ExpertGroup(None, max_tokens=tokens, timeout=240.0) as group:
         model = epops.parallelize(copy.deepcopy(whole), group)
         called = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
         out, loss = run(called, everyone[rank])

@@ -28,7 +28,9 @@ assert "epops" in ALL_EXPERTS_FUNCTIONS, "no experts function"
 """
 
 
-@pytest.mark.parametrize("first,second", [("epops", "transformers"), ("transformers.distributed.expert_parallel", "epops")])
+@pytest.mark.parametrize(
+    "first,second", [("epops", "transformers"), ("transformers.distributed.expert_parallel", "epops")]
+)
 def test_importing_epops_registers_it_in_either_order(first: str, second: str) -> None:
     subprocess.run([sys.executable, "-c", REGISTRIES.format(first=first, second=second)], check=True)
 

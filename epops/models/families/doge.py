@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..adapter import Plan
 from ..experts import Rows, bias, exchange
-from ..site import Shard
-from .family import Family, set_method, site
+from ..site import Shard, set_method
+from .family import Family, site
 
 
 class Doge(Family):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable
-from typing import Any
-
 from torch import nn
 
 from ..adapter import Adapter, Plan
@@ -31,8 +27,3 @@ def site(module: nn.Module) -> Site:
     found = site_of(module)
     assert found is not None, "installed by parallelize only"
     return found
-
-
-def set_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Replace a method of this instance, and of no other."""
-    setattr(module, name, types.MethodType(function, module))

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..adapter import NotUnderstoodError, Plan
 from ..experts import Rows, exchange, linear
-from ..site import Shard
-from .family import Family, set_method, site
+from ..site import Shard, set_method
+from .family import Family, site
 
 
 class LongcatFlash(Family):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..adapter import Plan
 from ..experts import Rows, exchange
-from ..site import Shard
+from ..site import Shard, set_method
 from ..stacked_module import StackedExperts
-from .family import Family, set_method, site
+from .family import Family, site
 
 
 class NllbMoe(Family):

@@ -1,0 +1,140 @@
+"""Plain PyTorch models with routed experts, as people write them; none knows of epops."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+H, I, E, K = 16, 24, 5, 2  # noqa: E741
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(H, I)
+        self.w2 = nn.Linear(I, H, bias=False)
+        self.w3 = nn.Linear(H, I, bias=False)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.act(self.w1(x)) * self.w3(x))
+
+
+class OneHotLoop(nn.Module):
+    """A mask of (E, K, T), where and index_add_, router logits beside the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList([MLP() for _ in range(E)])
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        batch, length, width = hidden_states.shape
+        hidden_states = hidden_states.view(-1, width)
+        logits = self.gate(hidden_states)
+        weights, chosen = torch.topk(F.softmax(logits, dim=1), K, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        result = torch.zeros_like(hidden_states)
+        mask = F.one_hot(chosen, num_classes=E).permute(2, 1, 0)
+        for e in range(E):
+            place, token = torch.where(mask[e])
+            if token.numel() == 0:
+                continue
+            state = hidden_states[None, token].reshape(-1, width)
+            result.index_add_(0, token, self.experts[e](state) * weights[token, place, None])
+        return result.reshape(batch, length, width), logits
+
+
+class EnumerateLoop(nn.Module):
+    """enumerate over the list, += into rows, a shared expert afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(H, E)
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(H, I), nn.GELU(), nn.Linear(I, H)) for _ in range(E)])
+        self.shared = MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, H)
+        scores = torch.sigmoid(self.router(flat))
+        top, idx = scores.topk(K, dim=-1)
+        out = torch.zeros_like(flat)
+        for i, expert in enumerate(self.experts):
+            token, k = torch.where(idx == i)
+            out[token] += top[token, k].unsqueeze(-1) * expert(flat[token])
+        return (out + self.shared(flat)).view_as(x)
+
+
+class StackedInterleaved(nn.Module):
+    """Experts in 3-D parameters, (in, out), gate and up interleaved, biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(H, E)
+        self.w_up = nn.Parameter(torch.randn(E, H, 2 * I) * H**-0.5)
+        self.w_up_bias = nn.Parameter(torch.randn(E, 2 * I))
+        self.w_down = nn.Parameter(torch.randn(E, I, H) * I**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, H)
+        probs, picked = self.router(flat).softmax(-1).topk(K, -1)
+        y = flat.new_zeros(flat.shape)
+        for e in range(E):
+            rows, k = (picked == e).nonzero(as_tuple=True)
+            h = flat[rows] @ self.w_up[e] + self.w_up_bias[e]
+            h = F.silu(h[:, ::2]) * h[:, 1::2]
+            y.index_add_(0, rows, (h @ self.w_down[e]) * probs[rows, k, None])
+        return y.view(x.shape)
+
+
+class Capacity(nn.Module):
+    """Drops tokens inside its loop: not a plain sum over experts, and to be refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList([MLP() for _ in range(E)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, H)
+        weights, idx = self.gate(flat).softmax(-1).topk(K, -1)
+        out = torch.zeros_like(flat)
+        for e in range(E):
+            token, k = torch.where(idx == e)
+            token, k = token[:4], k[:4]
+            out.index_add_(0, token, self.experts[e](flat[token]) * weights[token, k, None])
+        return out.view_as(x)
+
+
+class Stateful(nn.Module):
+    """An expert with a norm of its own parameters, which cannot be stacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList([nn.Sequential(nn.LayerNorm(H), nn.Linear(H, H)) for _ in range(E)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, H)
+        weights, idx = self.gate(flat).softmax(-1).topk(K, -1)
+        out = torch.zeros_like(flat)
+        for e in range(E):
+            token, k = torch.where(idx == e)
+            out.index_add_(0, token, self.experts[e](flat[token]) * weights[token, k, None])
+        return out.view_as(x)
+
+
+class Model(nn.Module):
+    """Two blocks of a kind, with a residual."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([kind(), kind()])
+        self.head = nn.Linear(H, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            y = block(x)
+            x = x + (y[0] if isinstance(y, tuple) else y)
+        return self.head(x)
