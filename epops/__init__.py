@@ -17,15 +17,8 @@ from .ops.all_to_all import (
     plan_all_to_all,
 )
 from .ops.combine import CombineResult, combine, combine_start, combine_wait
-from .ops.dispatch import (
-    DispatchResult,
-    dispatch,
-    dispatch_quant,
-    dispatch_quant_start,
-    dispatch_quant_wait,
-    dispatch_start,
-    dispatch_wait,
-)
+from .ops.dispatch import DispatchResult, dispatch, dispatch_start, dispatch_wait
+from .ops.dispatch_quant import dispatch_quant, dispatch_quant_start, dispatch_quant_wait
 from .ops.seam import all_reduce, gather_tokens, grouped_mm
 
 __version__ = "0.1.0"

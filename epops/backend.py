@@ -61,7 +61,9 @@ def _groups(model: torch.fx.GraphModule) -> list[ExpertGroup]:
     return [get_group(name) for name in sorted(names)]
 
 
-def _in_turn(group: ExpertGroup, model: torch.fx.GraphModule, inputs: Sequence[Any], compiled: Callable[[], Any]) -> Any:
+def _in_turn(
+    group: ExpertGroup, model: torch.fx.GraphModule, inputs: Sequence[Any], compiled: Callable[[], Any]
+) -> Any:
     """One rank of those that have the same graph compiles it while the others wait for its entry in the cache."""
     if group.size == 1 or group.control is None:
         return compiled()

@@ -81,7 +81,9 @@ def graphs_backend(seen: Any, *, run: bool) -> Any:
         def call(args: list[Any]) -> Any:
             given = list(args)
             args.clear()
-            return module(*given) if run else [_zeros_like(getattr(node, "meta", {}).get("val", node)) for node in outputs]
+            return (
+                module(*given) if run else [_zeros_like(getattr(node, "meta", {}).get("val", node)) for node in outputs]
+            )
 
         call._boxed_call = True  # type: ignore[attr-defined]
         return call

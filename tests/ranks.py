@@ -42,7 +42,9 @@ class Pool:
         for process in self.processes:
             process.start()
 
-    def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float, survivors: set[int] | None) -> list[Any]:
+    def run(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float, survivors: set[int] | None
+    ) -> list[Any]:
         for queue in self.tasks:
             queue.put((fn, args))
         waiting = set(range(self.size)) if survivors is None else set(survivors)
@@ -54,7 +56,9 @@ class Pool:
             except Exception as error:  # queue.Empty, of a queue that lives in another context
                 self.stop()
                 said = "\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(failures.items()))
-                raise RankError(f"ranks {sorted(waiting)} of {self.size} gave no answer in {timeout} s\n{said}") from error
+                raise RankError(
+                    f"ranks {sorted(waiting)} of {self.size} gave no answer in {timeout} s\n{said}"
+                ) from error
             waiting.discard(rank)
             if good:
                 values[rank] = value
@@ -76,7 +80,9 @@ class Pool:
 def _serve(rank: int, size: int, folder: str, tasks: Any, results: Any) -> None:
     torch.set_num_threads(1)
     os.environ["EPOPS_TEST_RANK"] = str(rank)
-    dist.init_process_group("gloo", store=dist.FileStore(os.path.join(folder, "store"), size), rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(os.path.join(folder, "store"), size), rank=rank, world_size=size
+    )
     while True:
         fn, args = tasks.get()
         try:

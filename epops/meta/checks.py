@@ -63,7 +63,13 @@ def check_rows(op: str, argument: str, got: Any, other: str, expected: Any, reme
 
 def check_route(op: str, route: torch.Tensor, num_tokens: Any, max_tokens: Any, ep_size: int, top_k: int) -> None:
     if route.dtype != torch.int32 or route.dim() != 1:
-        fail(op, "route", "the int32 tensor that dispatch returned", f"{route.dtype} {tuple(route.shape)}", "pass it unchanged")
+        fail(
+            op,
+            "route",
+            "the int32 tensor that dispatch returned",
+            f"{route.dtype} {tuple(route.shape)}",
+            "pass it unchanged",
+        )
     size = words.route_size(num_tokens, max_tokens, ep_size, top_k)
     if is_int(size) and is_int(route.shape[0]) and route.shape[0] != size:
         fail(

@@ -44,7 +44,12 @@ def check_dispatch(
     check_tokens(op, "x", x.shape[0], max_tokens)
     if alignment < 1:
         fail(op, "alignment", "at least 1", alignment, "pass the row alignment of the grouped GEMM")
-    if layout == "rank" and isinstance(capacity, int) and isinstance(max_tokens, int) and capacity > ep_size * max_tokens:
+    if (
+        layout == "rank"
+        and isinstance(capacity, int)
+        and isinstance(max_tokens, int)
+        and capacity > ep_size * max_tokens
+    ):
         fail(op, "capacity", f"at most {ep_size * max_tokens} (R * M)", capacity, "leave it out for the worst case")
     if layout == "batched" and isinstance(capacity, int) and isinstance(max_tokens, int):
         exact = num_slots * ep_size * max_tokens
@@ -119,7 +124,9 @@ def check_quant(op: str, x: torch.Tensor, a: dict[str, Any]) -> None:
             fail(op, name, "one of " + ", ".join(known), repr(a[name]), "pass one of them")
 
 
-def dispatch_quant(x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, **a: Any) -> tuple[torch.Tensor, ...]:
+def dispatch_quant(
+    x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, **a: Any
+) -> tuple[torch.Tensor, ...]:
     check_dispatch("dispatch_quant", x, topk_idx, topk_weights, None, **a)
     check_quant("dispatch_quant", x, a)
     scale_dtype = torch.float8_e8m0fnu if a["scale_format"] == "ue8m0" else torch.float32

@@ -11,8 +11,8 @@ from ..group import ExpertGroup, get_group
 from ..meta import all_to_all as fakes
 from ..reference.all_to_all import cut, even_splits, join, read_plan, reverse_plan, write_plan
 from ..transport import Call, Swap
+from .arguments import common_arguments
 from .device_all_to_all import finish_on_device, prepare_on_device
-from .dispatch import common_arguments
 from .exchange import Blocks, Halves, check_group, settle, start, status_bits, wait, whole
 from .registry import bind, differentiate
 
@@ -151,7 +151,9 @@ def plan_all_to_all(
 # ---- the real kernels ----------------------------------------------------------------------------------------------
 
 
-def _check(group: ExpertGroup, /, x: torch.Tensor, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any) -> None:
+def _check(
+    group: ExpertGroup, /, x: torch.Tensor, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any
+) -> None:
     fakes.check_all_to_all("all_to_all", x, ins, outs, plan, **a)
     check_group("all_to_all", group, x, a["ep_size"])
     if group.transport.host_counts:
@@ -165,7 +167,9 @@ def _check(group: ExpertGroup, /, x: torch.Tensor, ins: Any = None, outs: Any = 
                 )
 
 
-def _prepare(group: ExpertGroup, /, x: torch.Tensor, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any) -> Any:
+def _prepare(
+    group: ExpertGroup, /, x: torch.Tensor, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any
+) -> Any:
     if not group.transport.host_counts:
         return prepare_on_device(group, x, ins, outs, plan, a)
     scatter_dim, gather_dim = a["scatter_dim"], a["gather_dim"]
@@ -277,12 +281,14 @@ def _save(ctx: Any, x: Any, ins: Any, outs: Any, plan: Any, settings: dict[str, 
 
 
 def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    _save(ctx, *inputs, keyword_only_inputs, output[1])
+    x, ins, outs, plan = inputs
+    _save(ctx, x, ins, outs, plan, keyword_only_inputs, output[1])
     ctx.first = ()
 
 
 def _setup_wait(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    _save(ctx, *inputs[1:], keyword_only_inputs, output[1])
+    _, x, ins, outs, plan = inputs
+    _save(ctx, x, ins, outs, plan, keyword_only_inputs, output[1])
     ctx.first = (None,)
 
 

@@ -12,7 +12,8 @@ from ..reference.combine import answered_pairs, finish, reduce_rows, scatter_gra
 from ..reference.dispatch import from_bytes, row_bytes
 from ..reference.routing import read_route, sends
 from ..transport import Call, Swap
-from .dispatch import answer_blocks, common_arguments, expected_answers
+from .answers import answer_blocks, expected_answers
+from .arguments import common_arguments
 from .exchange import Blocks, Halves, check_group, settle, start, status_bits, token_lists, wait, whole
 from .registry import bind, differentiate
 
@@ -127,12 +128,16 @@ def combine_wait(
 # ---- the real kernels ----------------------------------------------------------------------------------------------
 
 
-def _check(group: ExpertGroup, /, y: Any, route: Any, w: Any = None, y_scales: Any = None, addend: Any = None, **a: Any) -> None:
+def _check(
+    group: ExpertGroup, /, y: Any, route: Any, w: Any = None, y_scales: Any = None, addend: Any = None, **a: Any
+) -> None:
     fakes.check_combine("combine", y, route, w, addend, y_scales, **a)
     check_group("combine", group, y, a["ep_size"])
 
 
-def _prepare(group: ExpertGroup, /, y: torch.Tensor, route: torch.Tensor, w: Any = None, y_scales: Any = None, **a: Any) -> Any:
+def _prepare(
+    group: ExpertGroup, /, y: torch.Tensor, route: torch.Tensor, w: Any = None, y_scales: Any = None, **a: Any
+) -> Any:
     parts = read_route(
         route, num_tokens=a["num_tokens"], max_tokens=a["max_tokens"], ep_size=group.size, top_k=a["top_k"]
     )
@@ -148,7 +153,8 @@ def _prepare(group: ExpertGroup, /, y: torch.Tensor, route: torch.Tensor, w: Any
 
 
 def _finish(
-    group: ExpertGroup, /,
+    group: ExpertGroup,
+    /,
     swap: Swap,
     tokens: list[torch.Tensor],
     sequence: int,
@@ -185,7 +191,9 @@ def _combine_start(y: Any, route: Any, w: Any = None, y_scales: Any = None, **a:
     return start(COMBINE, (y, route, w, y_scales), _started(_full(a)))
 
 
-def _combine_wait(ticket: Any, y: Any, route: Any, w: Any = None, addend: Any = None, y_scales: Any = None, **a: Any) -> Any:
+def _combine_wait(
+    ticket: Any, y: Any, route: Any, w: Any = None, addend: Any = None, y_scales: Any = None, **a: Any
+) -> Any:
     full = _full(a)
     return wait(COMBINE, ticket, (y, route, w, y_scales), full, _started(full), (addend,))
 
@@ -193,13 +201,22 @@ def _combine_wait(ticket: Any, y: Any, route: Any, w: Any = None, addend: Any = 
 # ---- the gradient: combine_backward ----------------------------------------------------------------------------------
 
 
-def _check_backward(group: ExpertGroup, /, grad: Any, y: Any, route: Any, w: Any = None, y_scales: Any = None, **a: Any) -> None:
+def _check_backward(
+    group: ExpertGroup, /, grad: Any, y: Any, route: Any, w: Any = None, y_scales: Any = None, **a: Any
+) -> None:
     fakes.check_combine_backward("combine_backward", grad, y, route, w, y_scales, **a)
     check_group("combine_backward", group, y, a["ep_size"])
 
 
 def _prepare_backward(
-    group: ExpertGroup, /, grad: torch.Tensor, y: torch.Tensor, route: torch.Tensor, w: Any = None, y_scales: Any = None, **a: Any
+    group: ExpertGroup,
+    /,
+    grad: torch.Tensor,
+    y: torch.Tensor,
+    route: torch.Tensor,
+    w: Any = None,
+    y_scales: Any = None,
+    **a: Any,
 ) -> Any:
     num_tokens, max_tokens, top_k = grad.shape[0], a["max_tokens"], a["top_k"]
     parts = read_route(route, num_tokens=num_tokens, max_tokens=max_tokens, ep_size=group.size, top_k=top_k)
@@ -221,7 +238,8 @@ def _prepare_backward(
 
 
 def _finish_backward(
-    group: ExpertGroup, /,
+    group: ExpertGroup,
+    /,
     swap: Swap,
     keep: Any,
     sequence: int,
@@ -258,7 +276,9 @@ def _combine_backward_start(grad: Any, y: Any, route: Any, w: Any = None, y_scal
     return start(COMBINE_BACKWARD, (grad, y, route, w, y_scales), _full_backward(a))
 
 
-def _combine_backward_wait(ticket: Any, grad: Any, y: Any, route: Any, w: Any = None, y_scales: Any = None, **a: Any) -> Any:
+def _combine_backward_wait(
+    ticket: Any, grad: Any, y: Any, route: Any, w: Any = None, y_scales: Any = None, **a: Any
+) -> Any:
     full = _full_backward(a)
     return wait(COMBINE_BACKWARD, ticket, (grad, y, route, w, y_scales), full, full)
 
@@ -273,7 +293,18 @@ bind("combine_backward_wait", _combine_backward_wait, fakes.combine_backward_wai
 
 # ---- autograd ----------------------------------------------------------------------------------------------------------
 
-_SHARED = ("group", "num_experts", "num_slots", "ep_size", "max_tokens", "top_k", "layout", "out_scale", "grad_scale", "lane")
+_SHARED = (
+    "group",
+    "num_experts",
+    "num_slots",
+    "ep_size",
+    "max_tokens",
+    "top_k",
+    "layout",
+    "out_scale",
+    "grad_scale",
+    "lane",
+)
 
 
 def _save(ctx: Any, y: Any, route: Any, w: Any, addend: Any, y_scales: Any, settings: dict[str, Any]) -> None:

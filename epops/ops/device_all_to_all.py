@@ -47,7 +47,9 @@ def prepare_on_device(group: ExpertGroup, x: torch.Tensor, ins: Any, outs: Any, 
     return Blocks(call, flat, counts, status_bits(group, {})), (ins, outs, tuple(blocks.shape[1:]))
 
 
-def finish_on_device(group: ExpertGroup, swap: Swap, keep: Any, sequence: int, x: torch.Tensor, a: dict[str, Any]) -> Any:
+def finish_on_device(
+    group: ExpertGroup, swap: Swap, keep: Any, sequence: int, x: torch.Tensor, a: dict[str, Any]
+) -> Any:
     ins, outs, shape = keep
     scatter_dim, gather_dim = a["scatter_dim"], a["gather_dim"]
     same = scatter_dim == gather_dim

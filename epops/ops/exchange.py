@@ -142,7 +142,9 @@ class Halves(NamedTuple):
     finish: Callable[..., Any]
 
 
-def whole(halves: Halves, tensors: tuple[torch.Tensor | None, ...], a: dict[str, Any], finish_only: tuple[Any, ...] = ()) -> Any:
+def whole(
+    halves: Halves, tensors: tuple[torch.Tensor | None, ...], a: dict[str, Any], finish_only: tuple[Any, ...] = ()
+) -> Any:
     """The op in one call.  ``finish_only`` are arguments that only the local half reads."""
     group = get_group(a["group"])
     native = getattr(group.transport, halves.op, None)

@@ -11,7 +11,7 @@ from ..meta import all_to_all as fakes
 from ..reference import all_to_all as reference
 from ..reference.dispatch import from_bytes, row_bytes
 from ..transport import Call
-from .dispatch import common_arguments
+from .arguments import common_arguments
 from .exchange import Blocks, check_group, exchange, settle, status_bits
 from .registry import bind, differentiate
 
@@ -37,7 +37,9 @@ def _grouped_mm(rows: torch.Tensor, weight: torch.Tensor, expert_ends: torch.Ten
     if rows.device.type == "cpu":
         return reference.grouped_mm(rows, weight, expert_ends)
     # Every expert runs over all rows and keeps its own: no count is read on the host, at L times the arithmetic.
-    expert = torch.searchsorted(expert_ends, torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32), right=True)
+    expert = torch.searchsorted(
+        expert_ends, torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32), right=True
+    )
     out = rows.new_zeros(rows.shape[0], weight.shape[2])
     for slot in range(weight.shape[0]):
         out = torch.where((expert == slot).unsqueeze(1), rows @ weight[slot], out)
@@ -47,7 +49,9 @@ def _grouped_mm(rows: torch.Tensor, weight: torch.Tensor, expert_ends: torch.Ten
 def _grouped_mm_backward_weight(grad: torch.Tensor, rows: torch.Tensor, expert_ends: torch.Tensor) -> torch.Tensor:
     if rows.device.type == "cpu":
         return reference.grouped_mm_backward_weight(grad, rows, expert_ends)
-    expert = torch.searchsorted(expert_ends, torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32), right=True)
+    expert = torch.searchsorted(
+        expert_ends, torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32), right=True
+    )
     parts = []
     for slot in range(expert_ends.shape[0]):
         own = (expert == slot).unsqueeze(1)
@@ -151,7 +155,11 @@ def _backward_gather(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
     # An exchange, not an index of this rank: the rank must not be written into a graph that all ranks share.
     padded = torch.nn.functional.pad(grad, (0, 0, 0, ctx.slice * a["ep_size"] - grad.shape[0]))
     mine, _, _ = torch.ops.epops.all_to_all.default(
-        padded.contiguous(), group=a["group"], ep_size=a["ep_size"], out_size=padded.shape[0], scatter_size=padded.shape[0]
+        padded.contiguous(),
+        group=a["group"],
+        ep_size=a["ep_size"],
+        out_size=padded.shape[0],
+        scatter_size=padded.shape[0],
     )
     return mine.view(a["ep_size"], ctx.slice, grad.shape[1]).mean(dim=0)
 

@@ -107,7 +107,9 @@ def _sources(passes: tuple[Pass, ...]) -> bytes:
     for path in [*sorted(package.glob("*.py")), package.parent / "schema.py", package.parent / "torch_private.py"]:
         digest.update(path.read_bytes())
     for entry in passes:
-        digest.update(f"{getattr(entry, '__module__', '')}.{getattr(entry, '__qualname__', type(entry).__qualname__)}".encode())
+        digest.update(
+            f"{getattr(entry, '__module__', '')}.{getattr(entry, '__qualname__', type(entry).__qualname__)}".encode()
+        )
         try:
             digest.update(inspect.getsource(inspect.getmodule(entry) or entry).encode())
         except (OSError, TypeError):

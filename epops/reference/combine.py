@@ -76,9 +76,7 @@ def finish(
     return total.to(out_dtype)
 
 
-def weight_gradients(
-    grad_row_weights: torch.Tensor | None, recv_row: torch.Tensor, *, layout: str
-) -> torch.Tensor:
+def weight_gradients(grad_row_weights: torch.Tensor | None, recv_row: torch.Tensor, *, layout: str) -> torch.Tensor:
     """(N, K) float32: gradients of the routing weights of N pairs ``recv_row`` (N, K), zero for other ranks' k."""
     if grad_row_weights is None or grad_row_weights.numel() == 0:
         return torch.zeros(recv_row.shape, dtype=torch.float32, device=recv_row.device)
@@ -86,7 +84,9 @@ def weight_gradients(
     present = index >= 0
     index = index.clamp(min=0)
     if layout == "rank":
-        grads = torch.gather(grad_row_weights[index.amax(dim=1)], 1, torch.arange(index.shape[1], device=index.device).expand_as(index))
+        grads = torch.gather(
+            grad_row_weights[index.amax(dim=1)], 1, torch.arange(index.shape[1], device=index.device).expand_as(index)
+        )
     else:
         grads = grad_row_weights.reshape(-1)[index]
     return grads.float().masked_fill(~present, 0.0)
@@ -123,7 +123,9 @@ def scatter_gradients(
     grad_y[index] = (spread if grad_scale == 1.0 else spread * grad_scale).to(grad_dtype)
     if row_weights is None:
         return grad_y[:num_rows].reshape(y.shape), torch.empty(0, dtype=torch.float32, device=y.device)
-    values = flat[safe].float() if y_scales is None else dequantize_rows(flat[safe], y_scales.reshape(num_rows, -1)[safe])
+    values = (
+        flat[safe].float() if y_scales is None else dequantize_rows(flat[safe], y_scales.reshape(num_rows, -1)[safe])
+    )
     grad_w = torch.zeros(num_rows + 1, dtype=torch.float32, device=y.device)
     grad_w[index] = (values * wide).sum(dim=1)
     return grad_y[:num_rows].reshape(y.shape), grad_w[:num_rows].reshape(row_weights.shape)

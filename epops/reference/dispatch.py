@@ -120,7 +120,9 @@ def unpack(
         dest = torch.where(present & (place < capacity), place, capacity)
         total = present.sum()
         rows_kept = total.clamp(max=capacity)
-        per_source = torch.zeros(ep_size, dtype=torch.int64, device=device).index_add_(0, source, present.to(torch.int64))
+        per_source = torch.zeros(ep_size, dtype=torch.int64, device=device).index_add_(
+            0, source, present.to(torch.int64)
+        )
         ends = torch.cumsum(per_source, 0).clamp(max=capacity)
         dest_k = torch.where(slots >= 0, dest.unsqueeze(1), capacity)
         origin = torch.arange(num, device=device)

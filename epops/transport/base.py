@@ -61,7 +61,9 @@ class Call(NamedTuple):
         """
         fixed = [HEADER_MAGIC, sequence, OPCODES.index(self.op), *self[1:]]
         pairs = sizes or [(0, 0)] * len(counts)
-        return torch.tensor([[*fixed, n, bits, *pair] for n, pair in zip(counts, pairs, strict=True)], dtype=torch.int64)
+        return torch.tensor(
+            [[*fixed, n, bits, *pair] for n, pair in zip(counts, pairs, strict=True)], dtype=torch.int64
+        )
 
 
 def differences(mine: list[int], theirs: list[int]) -> str | None:

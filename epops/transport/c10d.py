@@ -92,15 +92,15 @@ class GlooTransport:
         self._wait_all(call, sequence, "header", [*recvs.items(), *sends])
         return {peer: head.tolist() for peer, head in incoming.items()}
 
-    def _swap_rows(
-        self, call: Call, sequence: int, rows: list[torch.Tensor], received: list[torch.Tensor]
-    ) -> None:
+    def _swap_rows(self, call: Call, sequence: int, rows: list[torch.Tensor], received: list[torch.Tensor]) -> None:
         works = []
         for peer in self._peers():
             if received[peer].numel():
                 works.append((peer, self._post(call, sequence, "rows", peer, received[peer], ROWS_TAG, send=False)))
             if rows[peer].numel():
-                works.append((peer, self._post(call, sequence, "rows", peer, rows[peer].contiguous(), ROWS_TAG, send=True)))
+                works.append(
+                    (peer, self._post(call, sequence, "rows", peer, rows[peer].contiguous(), ROWS_TAG, send=True))
+                )
         self._wait_all(call, sequence, "rows", works)
 
     def _post(

@@ -64,11 +64,20 @@ def tokens_to_heads(rank: int, size: int) -> None:
     counts = torch.tensor(tokens)
     with epops.ExpertGroup(None, "ep") as group:
         padded = torch.nn.functional.pad(mine, (0, 0, 0, 0, 0, 2)).requires_grad_()
-        there = epops.all_to_all(padded, None, counts, group=group, scatter_dim=1, gather_dim=0, out_size=sum(tokens) + 1)
+        there = epops.all_to_all(
+            padded, None, counts, group=group, scatter_dim=1, gather_dim=0, out_size=sum(tokens) + 1
+        )
         assert torch.equal(there.rows[: sum(tokens)], full[:, 2 * rank : 2 * rank + 2])
         assert not there.rows[sum(tokens) :].any()
         back = epops.all_to_all(
-            there.rows, counts, None, group=group, scatter_dim=0, gather_dim=1, out_size=heads, scatter_size=tokens[rank] + 2
+            there.rows,
+            counts,
+            None,
+            group=group,
+            scatter_dim=0,
+            gather_dim=1,
+            out_size=heads,
+            scatter_size=tokens[rank] + 2,
         )
         assert torch.equal(back.rows[: tokens[rank]], mine) and not back.rows[tokens[rank] :].any()
         (grad,) = torch.autograd.grad((back.rows * 3).sum(), padded)
@@ -88,7 +97,9 @@ def even_and_dtypes(rank: int, size: int) -> None:
         for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.int64):
             x = (torch.arange(4 * size).view(2 * size, 2) + 10 * rank).to(dtype)
             got = epops.all_to_all(x, group=group).rows
-            expected = torch.cat([(torch.arange(4 * size).view(2 * size, 2) + 10 * s)[2 * rank : 2 * rank + 2] for s in range(size)])
+            expected = torch.cat(
+                [(torch.arange(4 * size).view(2 * size, 2) + 10 * s)[2 * rank : 2 * rank + 2] for s in range(size)]
+            )
             assert torch.equal(got, expected.to(dtype))
         heads = epops.all_to_all(torch.full((3, 2 * size), rank + 1.0), group=group, scatter_dim=-1, gather_dim=0).rows
         assert heads.tolist() == [[s + 1.0] * 2 for s in range(size) for _ in range(3)]
@@ -134,8 +145,14 @@ def test_pieces_without_room_are_counted() -> None:
     ("call", "said"),
     [
         (lambda g: epops.all_to_all(torch.ones(3, 2), torch.tensor([4]), group=g, out_size=4), "sum is at most 3"),
-        (lambda g: epops.all_to_all(torch.ones(3, 2), torch.tensor([1, 1]), group=g, out_size=4), "input_splits: expected shape"),
-        (lambda g: epops.all_to_all(torch.ones(3), torch.tensor([1], dtype=torch.int32), group=g, out_size=4), "expected int64"),
+        (
+            lambda g: epops.all_to_all(torch.ones(3, 2), torch.tensor([1, 1]), group=g, out_size=4),
+            "input_splits: expected shape",
+        ),
+        (
+            lambda g: epops.all_to_all(torch.ones(3), torch.tensor([1], dtype=torch.int32), group=g, out_size=4),
+            "expected int64",
+        ),
         (lambda g: epops.all_to_all(torch.ones(3), torch.tensor([1]), group=g), "out_size: expected the size of dim 0"),
         (lambda g: epops.all_to_all(torch.ones(3, dtype=torch.complex128), group=g), "elements of 1, 2, 4 or 8 bytes"),
     ],

@@ -89,7 +89,9 @@ def low_precision(rank: int, size: int) -> None:
             again = epops.combine(sent.rows, sent.route, sent.row_weights, group=group, num_tokens=8, top_k=4)
             assert back.out.dtype == dtype and torch.equal(back.out, again.out), "same inputs, same bits"
             expected = (x.double() * w.sum(1, keepdim=True)).float()
-            assert (back.out.float() - expected).abs().max() <= expected.abs().max() * (2e-2 if dtype == torch.bfloat16 else 2e-3)
+            assert (back.out.float() - expected).abs().max() <= expected.abs().max() * (
+                2e-2 if dtype == torch.bfloat16 else 2e-3
+            )
             wide = epops.combine(
                 sent.rows, sent.route, sent.row_weights, group=group, num_tokens=8, top_k=4, out_dtype=torch.float32
             )

@@ -47,7 +47,15 @@ def group() -> Iterator[epops.ExpertGroup]:
 class NoHostSync(TorchDispatchMode):
     """Raises on operations that read a tensor's values on the host, or whose result sizes depend on them."""
 
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "repeat_interleave.Tensor")
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "item",
+        "is_nonzero",
+        "repeat_interleave.Tensor",
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(word in str(func) for word in self.FORBIDDEN):
@@ -120,7 +128,9 @@ def test_dynamic_shapes_make_inputs_of_sizes_only(group: epops.ExpertGroup) -> N
     compiled(torch.randn(5, 16))
     compiled(torch.randn(3, 16))
     assert len(seen) == 1
-    symbols = [n for n in seen[0].graph.nodes if n.op == "placeholder" and isinstance(n.meta["example_value"], torch.SymInt)]
+    symbols = [
+        n for n in seen[0].graph.nodes if n.op == "placeholder" and isinstance(n.meta["example_value"], torch.SymInt)
+    ]
     assert len(symbols) == 1, "the number of tokens, and no setting of the group"
     assert "item" not in seen[0].code.replace("getitem", "")
 

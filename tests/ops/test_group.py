@@ -69,12 +69,18 @@ def test_settings_that_make_no_sense_are_named(settings: dict[str, object], said
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"idx": torch.zeros(3, 2, dtype=torch.int64)}, "topk_idx has 3 rows but x has 4; pass one row of experts a token"),
+        (
+            {"idx": torch.zeros(3, 2, dtype=torch.int64)},
+            "topk_idx has 3 rows but x has 4; pass one row of experts a token",
+        ),
         ({"idx": torch.zeros(4, 2)}, "topk_idx: expected int32 or int64, got torch.float32"),
         ({"w": torch.zeros(4, 2, dtype=torch.bfloat16)}, "topk_weights: expected float32"),
         ({"w": torch.zeros(4, 3)}, "topk_weights: expected shape (4, 2) like topk_idx"),
         ({"x": torch.zeros(4, 2, 2)}, "x: expected 2 dimensions, (T, H)"),
-        ({"x": torch.zeros(9, 2), "idx": torch.zeros(9, 2, dtype=torch.int64), "w": torch.zeros(9, 2)}, "at most max_tokens = 8"),
+        (
+            {"x": torch.zeros(9, 2), "idx": torch.zeros(9, 2, dtype=torch.int64), "w": torch.zeros(9, 2)},
+            "at most max_tokens = 8",
+        ),
         ({"layout": "row"}, "layout: expected one of expert, rank, batched"),
         ({"group": 7}, "group: expected an ExpertGroup"),
         ({"group": "other"}, "expected the name of an open group, got 'other' (open groups: ep)"),

@@ -78,11 +78,21 @@ def samples(layout: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         ),
         "combine": ((y, sent[7], row_weights, x, None), out),
         "combine_start": ((plain_y, sent[7], plain_w, None), out),
-        "combine_wait": ((ops.combine_start(y, sent[7], row_weights, None, **out), y, sent[7], row_weights, x, None), out),
+        "combine_wait": (
+            (ops.combine_start(y, sent[7], row_weights, None, **out), y, sent[7], row_weights, x, None),
+            out,
+        ),
         "combine_backward": ((grad, plain_y, sent[7], plain_w, None), back),
         "combine_backward_start": ((grad, plain_y, sent[7], plain_w, None), back),
         "combine_backward_wait": (
-            (ops.combine_backward_start(grad, plain_y, sent[7], plain_w, None, **back), grad, plain_y, sent[7], plain_w, None),
+            (
+                ops.combine_backward_start(grad, plain_y, sent[7], plain_w, None, **back),
+                grad,
+                plain_y,
+                sent[7],
+                plain_w,
+                None,
+            ),
             back,
         ),
         "plan_all_to_all": ((splits, None), {"group": "ep", "ep_size": 1}),

@@ -107,5 +107,7 @@ def test_combine_dequantizes_rows_that_come_with_scales() -> None:
 def test_settings_that_no_quantizer_has_are_named(change: dict[str, object], said: str) -> None:
     with epops.ExpertGroup(None, "ep", max_tokens=4, num_experts=2) as group:
         with pytest.raises(ValueError, match="epops.dispatch_quant: ") as raised:
-            epops.dispatch_quant(torch.ones(1, 128), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), group=group, **change)
+            epops.dispatch_quant(
+                torch.ones(1, 128), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), group=group, **change
+            )
     assert said in str(raised.value)

@@ -1,55 +1,26 @@
-"""`ExpertGroup`: what outlives a call, found by name. One of its users is every op, which gets the name as a str."""
+"""`ExpertGroup`: what outlives a call, found by name. Every op gets the name as a str."""
 
 from __future__ import annotations
 
-import atexit
 import json
-import threading
-import time
-import warnings
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from . import layout as words
-from .errors import DisagreementError, EpopsError, GroupError, PeerError, RoutingError
-from .torch_private import is_capturing, private_backend, private_store
-from .transport import CaptureTransport, GlooTransport, NcclTransport
+from .. import layout as words
+from ..errors import DisagreementError, GroupError, PeerError
+from ..torch_private import is_capturing, private_backend, private_store
+from ..transport import CaptureTransport, GlooTransport, NcclTransport
+from . import registry
+from .settings import Settings
+from .turns import Turns
 
-_registry: dict[str, ExpertGroup] = {}
-_registry_lock = threading.RLock()
-
-
-class Settings(NamedTuple):
-    """The facts of a group that graphs are built from: equal on every rank and from run to run."""
-
-    name: str
-    size: int
-    max_tokens: int
-    num_experts: int
-    num_slots: int
-    alignment: int
-
-    @property
-    def tag(self) -> str:
-        """The same as one str, which `parse_tag` reads.
-
-        Under ``dynamic=True`` Dynamo makes graph inputs of the ints that it finds in objects, but never of a str: what a graph is
-        built from goes by way of it and stays constant.
-        """
-        return f"{self.size} {self.max_tokens} {self.num_experts} {self.num_slots} {self.alignment} {self.name}"
+_generations: dict[str, int] = {}
+"""How often a name was used by the same ranks: the part of a communicator's name that tells two groups of one name apart."""
 
 
-def parse_tag(tag: str) -> Settings:
-    """`Settings` from their ``tag``."""
-    size, max_tokens, num_experts, num_slots, alignment, name = tag.split(" ", 5)
-    return Settings(name, int(size), int(max_tokens), int(num_experts), int(num_slots), int(alignment))
-
-
-class ExpertGroup:
+class ExpertGroup(Turns):
     """Ranks that share the experts of MoE layers, with their transport, expert map, mask and error state.
 
     Created collectively by every rank, before any compile or capture; closed explicitly or by a ``with`` statement.
@@ -86,8 +57,11 @@ class ExpertGroup:
         device: str | torch.device | None = None,
     ) -> None:
         if is_capturing():
-            raise GroupError(f"epops.ExpertGroup: {name!r} cannot be created inside a CUDA graph capture; create it before")
-        self._closed = True
+            raise GroupError(
+                f"epops.ExpertGroup: {name!r} cannot be created inside a CUDA graph capture; create it before"
+            )
+        super().__init__()
+        self.closed = True
         self.process_group = _resolve_process_group(ranks)
         self.device_mesh = ranks if _is_mesh(ranks) else None
         self.name = name
@@ -102,13 +76,7 @@ class ExpertGroup:
         self.overflow = overflow
         self.token_mask: torch.Tensor | None = None
         self._check_settings(transport)
-        with _registry_lock:
-            if name in _registry:
-                raise GroupError(
-                    f"epops.ExpertGroup: name: expected one that is free, got {name!r}, which {_registry[name]!r} has; close "
-                    "that group or choose another name"
-                )
-            _registry[name] = self
+        registry.add(self)
         self.control: Any = None
         try:
             self.prefix = self._make_prefix()
@@ -116,25 +84,16 @@ class ExpertGroup:
             self.control = self._communicator("gloo", "control")
             self.transport = self._make_transport(transport)
         except BaseException:
-            with _registry_lock:
-                _registry.pop(name, None)
+            registry.remove(self)
             raise
-        self._closed = False
+        self.closed = False
         self.settings = Settings(name, self.size, max_tokens, self.num_experts, self.num_slots, self.alignment)
         self.tag = self.settings.tag
-        self.sequence = 0
-        self._lock = threading.RLock()
-        self._worker: ThreadPoolExecutor | None = None
-        self._started: dict[int, Started] = {}
-        self._errors: list[tuple[int, str]] = []
-        self._lost: str | None = None
         self._maps: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         self.cache: dict[Any, torch.Tensor] = {}
-        self._error_word: torch.Tensor | None = None
-        self._error_host: torch.Tensor | None = None
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else repr(self.transport)
+        state = "closed" if self.closed else repr(self.transport)
         return (
             f"ExpertGroup({self.name!r}, rank {self.rank} of {self.size}, {state}, {self.device.type}, "
             f"max_tokens={self.max_tokens}, alignment={self.alignment}, timeout={self.timeout:g} s)"
@@ -151,10 +110,6 @@ class ExpertGroup:
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertGroup:
         """A group is a place, not a value: a copied model keeps its group."""
         return self
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
 
     # ---- maps ------------------------------------------------------------------------------------------------------
 
@@ -174,140 +129,6 @@ class ExpertGroup:
         block = words.num_slots_for(num_experts, self.size)
         return range(min(self.rank * block, num_experts), min((self.rank + 1) * block, num_experts))
 
-    # ---- errors ----------------------------------------------------------------------------------------------------
-
-    def record(self, op: str, bits: int, detail: str = "") -> None:
-        """Note errors that an op met in the routing; they are raised by the next op, `check` or `close`."""
-        if self.overflow == "count":
-            bits &= ~words.STATUS_OVERFLOW
-        if bits:
-            names = ", ".join(text for bit, text in words.STATUS_BITS.items() if bits & bit)
-            self._errors.append((bits, f"epops.{op}: {names}{': ' + detail if detail else ''} (group {self.name!r})"))
-
-    def record_on_device(self, status: torch.Tensor) -> None:
-        """Carry a device op's ``status`` (`layout.STATUS_WORDS`,) to a word that the host reads without a synchronization."""
-        if self._error_word is None:
-            if is_capturing():
-                raise GroupError(
-                    f"epops: group {self.name!r} was first used inside a CUDA graph capture; run one step before capturing"
-                )
-            self._error_word = torch.zeros(1, dtype=torch.int32, device=status.device)
-            self._error_host = torch.zeros(1, dtype=torch.int32).pin_memory()
-        assert self._error_host is not None, "made together with the device word"
-        self._error_word.bitwise_or_(status[:1])
-        self._error_host.copy_(self._error_word, non_blocking=True)
-
-    def pending_errors(self) -> list[tuple[int, str]]:
-        if self._error_host is not None and self._error_word is not None:
-            bits = int(self._error_host[0])
-            if bits:
-                self._error_host.zero_()
-                self._error_word.zero_()
-                self.record("exchange", bits, "found on the device")
-        take_errors = getattr(self.transport, "take_errors", None)
-        for bits, where in take_errors() if take_errors is not None else []:
-            self.record("exchange", bits, where)
-        return self._errors
-
-    def check(self) -> None:
-        """Raise what earlier ops found: `RoutingError` for bad routing, `PeerError` for a rank that is lost."""
-        if self._lost is not None:
-            raise PeerError(f"{self._lost}; group {self.name!r} has failed: close it and make a new one")
-        errors = self.pending_errors()
-        if errors:
-            text = "; ".join(dict.fromkeys(message for _, message in errors))
-            found = 0
-            for bits, _ in errors:
-                found |= bits
-            self._errors = []
-            if found & (words.STATUS_TIMEOUT | words.STATUS_EXCLUDED):
-                raise PeerError(f"{text}; the rank named no longer takes part: see what ended or stalled it")
-            if found & words.STATUS_DISAGREE:
-                raise DisagreementError(f"{text}; all ranks must make the same calls with the same settings in the same order")
-            raise RoutingError(f"{text}; the selections named were treated as -1: mend the router or raise the capacity")
-
-    # ---- exchanges -------------------------------------------------------------------------------------------------
-
-    def run(self, op: str, exchange: Callable[[int], Any]) -> Any:
-        """Run ``exchange(sequence)`` in its turn; earlier errors are raised here instead, on every rank."""
-        with self._lock:
-            sequence = self._next(op)
-            if not self._started:
-                return self._guarded(exchange, sequence)
-            future = self._submit(exchange, sequence)
-        return future.result()
-
-    def start(self, op: str, key: int, exchange: Callable[[int], Any], keep: Any) -> int:
-        """Begin ``exchange(sequence)`` beside the caller; ``keep`` is handed back by `finish`.  Returns the sequence."""
-        with self._lock:
-            sequence = self._next(op)
-            future = self._submit(exchange, sequence)
-            self._started[sequence] = Started(op, key, future, keep)
-            return sequence
-
-    def finish(self, op: str, key: int, sequence: int) -> tuple[Any, Any]:
-        """Result and ``keep`` of a started exchange."""
-        with self._lock:
-            started = self._started.get(sequence)
-            if started is None or started.key != key:
-                got = "no started exchange" if started is None else f"that of epops.{started.op} with other settings"
-                raise GroupError(
-                    f"epops.{op}_wait: ticket: expected one of epops.{op}_start with the same arguments, got {got} "
-                    f"(epoch {sequence}); wait once for each start, with the arguments of the start"
-                )
-        try:
-            return started.future.result(), started.keep
-        finally:
-            with self._lock:
-                self._started.pop(sequence, None)
-
-    def oldest_started(self, op: str, key: int) -> int:
-        """Sequence of the first started exchange with that key that nobody has waited for (device transports read no ticket)."""
-        with self._lock:
-            return next((sequence for sequence, item in self._started.items() if item.key == key and item.op == op), -1)
-
-    def abort(self, op: str) -> None:
-        """This rank's call of ``op`` failed its checks: take its place in the order, so that no peer waits for it."""
-        if self._closed or self._lost is not None or not isinstance(self.transport, GlooTransport):
-            return
-        transport = self.transport
-        with self._lock:
-            self.sequence += 1
-            try:
-                future = self._submit(lambda sequence: transport.abort(op, sequence), self.sequence)
-            except EpopsError:
-                return
-        try:
-            future.result()
-        except EpopsError as error:
-            warnings.warn(f"epops.{op}: peers could not be told that this call failed: {error}", stacklevel=3)
-
-    def _next(self, op: str) -> int:
-        self._require_open(op)
-        if self._lost is not None:
-            self.check()
-        if self.pending_errors():
-            self.abort(op)
-            self.check()
-        self.sequence += 1
-        return self.sequence
-
-    def _submit(self, exchange: Callable[[int], Any], sequence: int) -> Future[Any]:
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"epops-{self.name}")
-        return self._worker.submit(self._guarded, exchange, sequence)
-
-    def _guarded(self, exchange: Callable[[int], Any], sequence: int) -> Any:
-        try:
-            # The worker thread starts with autograd on; what an exchange is made of records none anywhere.
-            with torch.no_grad():
-                return exchange(sequence)
-        except PeerError as error:
-            # gloo cannot go on after a peer left; an abort is a message like any other.
-            if error.__cause__ is not None:
-                self._lost = str(error)
-            raise
-
     # ---- life ------------------------------------------------------------------------------------------------------
 
     def close(self, *, raise_errors: bool = True) -> None:
@@ -315,15 +136,12 @@ class ExpertGroup:
 
         Raises what `check` would raise, and `GroupError` for a started exchange that nobody waited for.
         """
-        with _registry_lock:
-            if self._closed:
+        with self._lock:
+            if self.closed:
                 return
-            self._closed = True
-            _registry.pop(self.name, None)
-        unfinished = [f"epops.{item.op}_start (epoch {sequence})" for sequence, item in self._started.items()]
-        if self._worker is not None:
-            self._worker.shutdown(wait=self._lost is None)
-        self._started.clear()
+            self.closed = True
+        registry.remove(self)
+        unfinished = self._end_turns()
         self._maps.clear()
         self.cache.clear()
         self.transport.close()
@@ -369,10 +187,6 @@ class ExpertGroup:
             ) from error
         return [part.tolist() for part in every]
 
-    def _require_open(self, op: str) -> None:
-        if self._closed:
-            raise GroupError(f"epops.{op}: group {self.name!r} is closed; make a new epops.ExpertGroup")
-
     def _check_settings(self, transport: str) -> None:
         def demand(good: bool, what: str, expected: str, got: Any) -> None:
             if not good:
@@ -409,8 +223,8 @@ class ExpertGroup:
                 theirs = json.loads(store.get(str(peer)))
             except RuntimeError as error:
                 raise PeerError(
-                    f"epops.ExpertGroup: {self.name!r}: rank {peer} of {self.size} did not make the group within {self.timeout:g} s; "
-                    "all ranks must create it, in the same order as other groups of that name"
+                    f"epops.ExpertGroup: {self.name!r}: rank {peer} of {self.size} did not make the group within "
+                    f"{self.timeout:g} s; all ranks must create it, in the same order as other groups of that name"
                 ) from error
             for key, value in mine.items():
                 if theirs[key] != value:
@@ -433,42 +247,9 @@ class ExpertGroup:
         return GlooTransport(self._communicator("gloo", "rows"), self.name, self.timeout)
 
 
-class Started(NamedTuple):
-    """A started exchange that nobody has waited for yet."""
-
-    op: str
-    key: int
-    future: Future[Any]
-    keep: Any
-
-
-def get_group(name: str) -> ExpertGroup:
-    """The open group of that name."""
-    group = _registry.get(name)
-    if group is None:
-        known = ", ".join(sorted(_registry)) or "none"
-        raise GroupError(
-            f"epops: group: expected the name of an open group, got {name!r} (open groups: {known}); create "
-            f"epops.ExpertGroup(..., name={name!r}) before the first call and keep it open"
-        )
-    return group
-
-
-def open_groups() -> list[ExpertGroup]:
-    """All open groups, by name."""
-    with _registry_lock:
-        return [_registry[name] for name in sorted(_registry)]
-
-
-def check_all() -> None:
-    """`ExpertGroup.check` of every open group."""
-    for group in open_groups():
-        group.check()
-
-
 def _nvlink_transport(group: ExpertGroup, *, required: bool) -> Any:
     try:
-        from .transport import nvlink  # type: ignore[attr-defined]
+        from ..transport import nvlink  # type: ignore[attr-defined]
     except ImportError as error:
         if required:
             raise GroupError(
@@ -503,29 +284,10 @@ def _resolve_device(device: str | torch.device | None, process_group: dist.Proce
     if device is None:
         has_nccl = process_group is not None and "nccl" in str(dist.get_backend(process_group))
         device = "cuda" if has_nccl and torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device(device)
 
 
 def _is_fake(process_group: dist.ProcessGroup | None) -> bool:
     return process_group is not None and str(dist.get_backend(process_group)) == "fake"
-
-
-_generations: dict[str, int] = {}
-"""How often a name was used by the same ranks: the part of a communicator's name that tells two groups of one name apart."""
-
-
-@atexit.register
-def _report_at_exit() -> None:
-    """What nobody asked for before the interpreter ends is printed: an error is never lost silently."""
-    for group in open_groups():
-        try:
-            group.check()
-        except EpopsError as error:
-            warnings.warn(f"at exit: {error}", stacklevel=1)
-        time.sleep(0)
-
-
-__all__ = ["ExpertGroup", "Settings", "check_all", "get_group", "open_groups"]
