@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,15 +256,19 @@ def under_no_sync_min_cut(graphs: list[torch.fx.GraphModule]) -> Any:
     return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
 
 
-def test_export_has_the_ops_and_runs(group: epops.ExpertGroup) -> None:
+def test_export_and_aot_inductor_have_the_ops_and_run(group: epops.ExpertGroup, tmp_path: Path) -> None:
     layer = Layer(group)
     tokens = torch.export.Dim("tokens", min=2, max=8)
-    exported = torch.export.export(layer, (torch.randn(5, 16),), dynamic_shapes=({0: tokens},))
-    names = [exchange_name(node) for node in exported.graph.nodes if exchange_name(node)]
-    assert names == ["dispatch", "combine"]
-    for count in (2, 5, 8):
-        x = torch.randn(count, 16)
-        torch.testing.assert_close(exported.module()(x), layer(x))
+    with torch.no_grad():
+        exported = torch.export.export(layer, (torch.randn(5, 16),), dynamic_shapes=({0: tokens},))
+        names = [exchange_name(node) for node in exported.graph.nodes if exchange_name(node)]
+        assert names == ["dispatch", "combine"]
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "layer.pt2"))
+        packaged = torch._inductor.aoti_load_package(package)
+        for count in (2, 5, 8):
+            x = torch.randn(count, 16)
+            torch.testing.assert_close(exported.module()(x), layer(x))
+            torch.testing.assert_close(packaged(x), layer(x))
 
 
 def test_inference_mode(group: epops.ExpertGroup) -> None:
