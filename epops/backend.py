@@ -67,7 +67,7 @@ def _in_turn(
     """One rank of those that have the same graph compiles it while the others wait for its entry in the cache."""
     if group.size == 1 or group.control is None:
         return compiled()
-    store = private_store(f"{group.prefix}/compile", group.timeout)
+    store = private_store(f"{group.prefix}/compile")
     key = _fingerprint(model, inputs)
     if store.add(f"{key}/claimed", 1) == 1:
         try:

@@ -45,17 +45,15 @@ def private_backend(kind: str, process_group: Any, prefix: str, timeout: float) 
     return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
-def private_store(prefix: str, timeout: float) -> Any:
-    """The default store under ``prefix``: what ranks tell each other before they have a communicator."""
-    from datetime import timedelta
+def private_store(prefix: str) -> Any:
+    """The default store under ``prefix``: what ranks tell each other before they have a communicator.
 
+    Its timeout stays the user's: wait for a key with ``store.wait([key], timeout)`` before reading it.
+    """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
-    store = dist.PrefixStore(prefix, distributed_c10d._get_default_store())
-    store.set_timeout(timedelta(seconds=timeout))
-    return store
-
+    return dist.PrefixStore(prefix, distributed_c10d._get_default_store())
 
 def graphs_backend(seen: Any, *, run: bool) -> Any:
     """A backend for torch.compile that goes Inductor's way to where its passes after autograd begin, and stops there.

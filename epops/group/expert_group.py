@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -216,10 +217,11 @@ class ExpertGroup(Turns):
             "overflow": self.overflow,
             "device": self.device.type,
         }
-        store = private_store(f"{self.prefix}/settings", self.timeout)
+        store = private_store(f"{self.prefix}/settings")
         store.set(str(self.rank), json.dumps(mine))
         for peer in range(self.size):
             try:
+                store.wait([str(peer)], timedelta(seconds=self.timeout))
                 theirs = json.loads(store.get(str(peer)))
             except RuntimeError as error:
                 raise PeerError(

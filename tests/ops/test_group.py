@@ -203,3 +203,16 @@ def killed(rank: int, size: int) -> tuple[str, float]:
 def test_a_killed_peer_is_an_error_on_the_others() -> None:
     for said, took in run_ranks(killed, 3, fresh=True, survivors={0, 2})[::2]:
         assert "PeerError" in said and took < 12
+
+
+def latecomer(rank: int, size: int) -> tuple[str, float]:
+    if rank == 1:
+        time.sleep(3)
+        return "", 0.0
+    began = time.monotonic()
+    return error_of(lambda: epops.ExpertGroup(None, "ep", timeout=1.0)), time.monotonic() - began
+
+
+def test_a_rank_that_does_not_make_the_group_is_named_within_the_timeout() -> None:
+    said, took = run_ranks(latecomer, 2, fresh=True)[0]
+    assert "rank 1 of 2 did not make the group within 1 s" in said and took < 3
