@@ -1,0 +1,143 @@
+"""What every rank of the demo does: train, compare, generate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import epops
+
+from .compare import Differences, differences
+from .counts import CompileCounts, compile_counts
+from .launch import Place
+from .recipe import Curve, Recipe, batch_of, build, train
+from .report import Outcome, show
+from .sample import Sample, sample
+from .screen import Screen
+from .text import corpus
+
+
+class Told(NamedTuple):
+    """What each rank tells the others at the end."""
+
+    counts: CompileCounts
+    sample: Sample
+    differences: Differences | None
+
+
+def work(place: Place, recipe: Recipe) -> bool:
+    """The whole demo on one rank; whether the sharded model was the one-process model."""
+    started = time.perf_counter()
+    device = torch.device(place.device)
+    torch.manual_seed(recipe.seed)
+    with _process_group(place, device), Screen(quiet=place.rank != 0) as screen:
+        tokens = -(-recipe.batch // place.size) * recipe.length
+        # While one rank compiles, the last one trains the one-process model: nobody's exchange may time out meanwhile.
+        with epops.ExpertGroup(name="ep", max_tokens=tokens, timeout=1800.0) as group:
+            screen.say(f"{recipe.model} over {group!r}, torch {torch.__version__}")
+            outcome = _run(place, recipe, device, group, screen, started)
+            if place.rank == 0:
+                show(screen, outcome)
+    return outcome.good
+
+
+@contextmanager
+def _process_group(place: Place, device: torch.device) -> Iterator[None]:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if place.store is None:
+        dist.init_process_group(backend)
+    else:
+        store = dist.FileStore(place.store, place.size)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(place: Place, recipe: Recipe, device: torch.device, group: Any, screen: Screen, started: float) -> Outcome:
+    text, held_out = corpus()
+    last = place.rank == place.size - 1
+    model = epops.parallelize(build(recipe, device), group)
+    forward = torch.compile(model, fullgraph=True, backend="epops") if recipe.compiled else model
+    bar = screen.bar(f"{place.size} ranks", recipe.steps, recipe.batch * recipe.length)
+    reference, expected = None, None
+    if last:
+        alone = screen.bar("1 process", recipe.steps, recipe.batch * recipe.length)
+        reference, expected = _train_alone(recipe, device, text, alone.step)
+    curve = train(
+        model,
+        forward,
+        lambda step: share(batch_of(text, recipe, step), place).to(device),
+        recipe,
+        average=lambda loss: average_gradients(model, loss, group),
+        clip=lambda: epops.clip_grad_norm_(model.parameters(), recipe.max_norm, group),
+        on_step=bar.step,
+    )
+    held = batch_of(held_out, recipe, 0)
+    found = differences(model, forward, reference, share(held, place).to(device), held.to(device), curve, expected)
+    screen.progress.update(bar.row, description=f"{place.size} ranks, trained")
+    written = sample(model, reference, held_out, recipe, place.rank, device)
+    told: list[Any] = [None] * place.size
+    dist.all_gather_object(told, Told(compile_counts(), written, found))
+    return Outcome(
+        recipe=recipe,
+        ranks=place.size,
+        losses=(curve.losses[0], curve.losses[-1]),
+        tokens_per_second=bar.speed,
+        counts=[one.counts for one in told],
+        samples=[one.sample for one in told],
+        differences=told[-1].differences,
+        graphs=expert_part(model, share(held, place).to(device)) if place.rank == 0 and recipe.compiled else "",
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _train_alone(recipe: Recipe, device: torch.device, text: bytes, on_step: Any) -> tuple[Any, Curve]:
+    """The one-process model on whole batches, eager and unsharded."""
+    model = build(recipe, device)
+    curve = train(
+        model,
+        model,
+        lambda step: batch_of(text, recipe, step).to(device),
+        recipe,
+        average=lambda loss: loss,
+        clip=lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_norm),
+        on_step=on_step,
+    )
+    return model, curve
+
+
+def share(batch: Tensor, place: Place) -> Tensor:
+    """This rank's windows."""
+    return batch.chunk(place.size)[place.rank]
+
+
+def average_gradients(model: Any, loss: Tensor, group: Any) -> Tensor:
+    """Plain data parallelism: gradients of all but the experts, and the loss, are averaged over the ranks."""
+    experts = {id(p) for p in epops.expert_parameters(model)}
+    shared = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in experts]
+    flat = torch.cat([*(grad.flatten() for grad in shared), loss.reshape(1)])
+    dist.all_reduce(flat)
+    flat /= group.size
+    for grad, mean in zip(shared, flat.split([grad.numel() for grad in shared] + [1])):
+        grad.copy_(mean.view_as(grad))
+    return flat[-1]
+
+
+def expert_part(model: Any, ids: Tensor) -> str:
+    """The exchanges and grouped matrix products of the training step's graphs, as the passes left them."""
+    from ..inspection.text import graph_text
+    from ..testing import captured
+
+    graphs = captured(model.train(), input_ids=ids, labels=ids, use_cache=False)
+    parts = [f"{graph.kind}:\n{graph_text(graph.after, ops=('epops',))}" for graph in graphs]
+    return "\n\n".join(parts)
