@@ -146,7 +146,7 @@ def measure(case: Case, rank: int, world: int, number: int) -> dict[str, Any]:
     made["combine_us"] = graph_time(runner.combine, calls)
     made["dispatch_bytes"], made["combine_bytes"] = runner.wire_bytes()
     made["workspace_mib"] = runner.group.transport.workspace_bytes / 2**20
-    made["plan"] = {op: runner.group.transport.plan(op, case.tokens)._asdict() for op in ("dispatch", "combine")}
+    made["plan"] = {op: runner.group.transport.plan(op, case.tokens, case.hidden)._asdict() for op in ("dispatch", "combine")}
     runner.close()
     return made
 
@@ -208,23 +208,20 @@ def sweep(rank: int, world: int, tokens: list[int]) -> list[dict[str, Any]]:
         transport = runner.group.transport
         plans: dict[str, list[Plan]] = {"dispatch": [], "combine": []}
         if count <= 1024:
-            for blocks in (32, 64, 96, 128, 132):
-                for group_warps, parts in ((16, 16), (8, 8), (8, 4), (4, 4)):
-                    if blocks >= 96 or count <= 128:
-                        plans["dispatch"].append(Plan(blocks, blocks, 1024, group_warps, parts, 0))
-                        plans["combine"].append(Plan(blocks, blocks, 512, group_warps, parts, 0))
+            for blocks in (64, 128, 132):
+                for pdl in (0, 1):
+                    for parts in (15, 7, 5, 3) if count > 160 else (15, 7):
+                        plans["dispatch"].append(Plan(blocks, blocks, 1024, parts, 0, pdl))
+                        plans["combine"].append(Plan(blocks, blocks, 512, parts, 0, pdl))
         else:
-            for senders in (16, 24, 32, 48):
-                for blocks in (100, 116, 128):
-                    plans["dispatch"].append(Plan(blocks, senders, 1024, 8, 1, 1))
-                    plans["combine"].append(Plan(blocks, senders, 512, 8, 1, 1))
-                plans["dispatch"].append(Plan(128, senders, 1024, 4, 1, 1))
-                plans["combine"].append(Plan(128, senders, 512, 4, 1, 1))
+            for senders in (24, 32, 48):
+                for blocks in (100, 128):
+                    for parts in (1, 2):
+                        plans["dispatch"].append(Plan(blocks, senders, 1024, parts, 2 - parts, 0))
+                        plans["combine"].append(Plan(blocks, senders, 512, parts, 2 - parts, 0))
         calls = 20 if count <= 512 else 4
         for op in ("dispatch", "combine"):
             for plan in plans[op]:
-                if plan.num_threads // 32 // plan.group_warps > 8:
-                    continue
                 transport.tune(extra={op: plan})
                 time = graph_time(runner.dispatch if op == "dispatch" else runner.combine, calls, 6)
                 rows.append({"tokens": count, "op": op, "us": round(time, 2), "plan": list(plan)})

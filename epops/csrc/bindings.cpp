@@ -70,7 +70,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("num_blocks", &Launch::num_blocks)
       .def_readwrite("num_senders", &Launch::num_senders)
       .def_readwrite("num_threads", &Launch::num_threads)
-      .def_readwrite("group_warps", &Launch::group_warps)
       .def_readwrite("warps_per_token", &Launch::warps_per_token)
       .def_readwrite("dynamic", &Launch::dynamic)
       .def_readwrite("phases", &Launch::phases)

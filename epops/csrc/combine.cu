@@ -1,19 +1,21 @@
 // combine: a token's rows summed on their rank, one answer a (token, rank) sent back, answers summed in rank order.
 //
 // One kernel. Sending blocks: for each token of each peer read its rows here, weight and add them in float32 in the order of
-// k, store the sum in the output's type into the slot (this rank, token) of the peer, release one flag a chunk. All blocks:
-// own rows are summed the same way without travelling, then answers are added, rank 0 first, as their flags come; the
+// k, store the sum in the output's type into the slot (this rank, token) of the peer; the poster releases a flag a token. All
+// blocks: own rows are summed the same way without travelling, then answers are added, rank 0 first, as their flags come; the
 // scale, the addend and the cast are part of that pass. Gradients of routing weights may travel beside the answers.
-#include "exchange.cuh"
-#include "group.cuh"
 #include "launch.cuh"
 #include "route.cuh"
+#include "team.cuh"
 #include "values.cuh"
 
 namespace epops {
 namespace {
 
-constexpr int kRowsAhead = 4;  // rows of a token in flight
+constexpr int kRowsAhead = 4;  // rows of a token in one step
+constexpr int kStages = 3;     // steps on their way to shared memory, a warp
+constexpr int kStageBytes = kRowsAhead * 1024;
+constexpr int kWarpBytes = kStages * kStageBytes;
 
 // Rows of one token here: lane i holds the i-th row, in the order of k, and its weight.
 struct TokenRows {
@@ -35,44 +37,82 @@ __device__ __forceinline__ TokenRows token_rows(const CombineParams& p, int row_
   return rows;
 }
 
-// sums[i] = sum over rows of weight * row, channels [channel + i * stride, + 8). Products and sums are rounded one by one,
-// as the reference's are.
+// Sums a token's rows piece by piece, a piece being 256 channels a warp, kSteps of them at once. Rows come through shared
+// memory, kStages - 1 steps ahead, so that enough bytes are on their way whatever the registers hold. A step is up to
+// kRowsAhead rows of one piece. A lane reads only what it asked for itself.
 template <class In, int kSteps>
-__device__ __forceinline__ void sum_rows(const CombineParams& p, const TokenRows& rows, int channel, int stride,
-                                         Eight (&sums)[kSteps]) {
-  const bool weighted = p.row_weights != nullptr;
+struct RowSums {
+  const CombineParams& p;
+  const TokenRows& rows;
+  uint8_t* ring;  // this warp's, kWarpBytes
+  int first, stride, batches, num_steps;  // first channel of the lane; channels from piece to piece
+
+  __device__ __forceinline__ RowSums(const CombineParams& p, const TokenRows& rows, const Team& t, uint8_t* ring)
+      : p(p), rows(rows), ring(ring) {
+    static_assert(kSteps * 8 * sizeof(In) <= 32, "a row of a step has 1024 bytes in the ring");
+    first = t.part * 256 + static_cast<int>(threadIdx.x % 32) * 8;
+    stride = t.parts * 256;
+    batches = (rows.num + kRowsAhead - 1) / kRowsAhead;
+    const int begin = t.part * 256;
+    const int pieces = begin < p.hidden ? (p.hidden - begin + kSteps * stride - 1) / (kSteps * stride) : 0;
+    num_steps = pieces * batches;
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-#pragma unroll
-    for (int c = 0; c < 8; ++c) sums[i].v[c] = 0.f;
+    for (int step = 0; step < kStages - 1; ++step) ask(step);
   }
-  for (int first = 0; first < rows.num; first += kRowsAhead) {
-    Raw8<In> raw[kRowsAhead][kSteps];
+  __device__ __forceinline__ uint8_t* place(int step, int r, int i) const {
+    return ring + step % kStages * kStageBytes + r * 1024 + i * 512 * static_cast<int>(sizeof(In) / 2) +
+           threadIdx.x % 32 * 8 * sizeof(In);
+  }
+  __device__ __forceinline__ void ask(int step) const {
+    if (step < num_steps) {
+      const int piece = step / batches, row0 = step % batches * kRowsAhead;
 #pragma unroll
-    for (int r = 0; r < kRowsAhead; ++r) {
-      if (first + r >= rows.num) break;
-      const In* from = static_cast<const In*>(p.y) + __shfl_sync(~0u, rows.row, first + r) * static_cast<int64_t>(p.hidden);
+      for (int r = 0; r < kRowsAhead; ++r) {
+        if (row0 + r >= rows.num) break;
+        const int64_t row = __shfl_sync(~0u, rows.row, row0 + r);
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        if (channel + i * stride < p.hidden) raw[r][i].load_fresh(from + channel + i * stride);
+        for (int i = 0; i < kSteps; ++i) {
+          const int channel = first + (piece * kSteps + i) * stride;
+          if (channel >= p.hidden) continue;
+          const uint8_t* from = static_cast<const uint8_t*>(p.y) + (row * p.hidden + channel) * sizeof(In);
+          cp_async_16(place(step, r, i), from);
+          if constexpr (sizeof(In) == 4) cp_async_16(place(step, r, i) + 16, from + 16);
+        }
       }
     }
+    cp_async_commit();
+  }
+  // sums[i]: channels [first + (piece * kSteps + i) * stride, + 8). Pieces must be taken in order. Products and sums are
+  // rounded one by one, as the reference's are.
+  __device__ __forceinline__ void piece(int number, Eight (&sums)[kSteps]) const {
+    const bool weighted = p.row_weights != nullptr;
 #pragma unroll
-    for (int r = 0; r < kRowsAhead; ++r) {
-      if (first + r >= rows.num) break;
-      const float weight = __shfl_sync(~0u, rows.weight, first + r);
+    for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        if (channel + i * stride >= p.hidden) continue;
-        const Eight values = raw[r][i].floats();
+      for (int c = 0; c < 8; ++c) sums[i].v[c] = 0.f;
+    }
+    for (int batch = 0; batch < batches; ++batch) {
+      const int step = number * batches + batch;
+      ask(step + kStages - 1);
+      cp_async_wait<kStages - 1>();
 #pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          sums[i].v[c] = __fadd_rn(sums[i].v[c], weighted ? __fmul_rn(values.v[c], weight) : values.v[c]);
+      for (int r = 0; r < kRowsAhead; ++r) {
+        if (batch * kRowsAhead + r >= rows.num) break;
+        const float weight = __shfl_sync(~0u, rows.weight, batch * kRowsAhead + r);
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+          Raw8<In> raw;
+          raw.load(place(step, r, i));
+          const Eight values = raw.floats();
+#pragma unroll
+          for (int c = 0; c < 8; ++c) {
+            sums[i].v[c] = __fadd_rn(sums[i].v[c], weighted ? __fmul_rn(values.v[c], weight) : values.v[c]);
+          }
         }
       }
     }
   }
-}
+};
 
 __device__ __forceinline__ float weight_gradient(const CombineParams& p, int row, int k) {
   if (row < 0) return 0.f;
@@ -80,84 +120,123 @@ __device__ __forceinline__ float weight_gradient(const CombineParams& p, int row
 }
 
 template <class In, class Out>
-__device__ __forceinline__ void send_token(const CombineParams& p, const Op& op, const Group& g, const Route& route, int peer,
-                                           int token) {
+constexpr int steps_of() {
+  return sizeof(In) == 4 || sizeof(Out) == 4 ? 1 : 2;
+}
+
+template <class In, class Out>
+__device__ __forceinline__ void send_token(const CombineParams& p, const Op& op, const Team& t, const Route& route, int peer,
+                                           int token, uint8_t* ring) {
+  constexpr int kSteps = steps_of<In, Out>();
   const int lane = threadIdx.x % 32;
   const int row = route.row(peer, token, lane);
   if (__ballot_sync(~0u, row != -1) == 0) return;  // not a token of ours
-  if (p.grad_row_weights != nullptr && g.part == 0 && lane < p.top_k) {
+  const TokenRows rows = token_rows(p, row);
+  const RowSums<In, kSteps> sums(p, rows, t, ring);
+  if (p.grad_row_weights != nullptr && t.part == 0 && lane < p.top_k) {
     entries(p.ws, peer, op.parity, p.ws.rank, token)[lane] =
         make_uint2(__float_as_uint(weight_gradient(p, row, lane)), 0);
   }
-  const TokenRows rows = token_rows(p, row);
   uint8_t* to = record(p.ws, peer, op.parity, p.ws.rank, token, p.max_tokens, p.record_bytes);
-  constexpr int kSteps = sizeof(In) == 4 || sizeof(Out) == 4 ? 1 : 2;  // pieces of 256 channels in flight a warp
-  const int stride = g.parts * 256;
-  for (int channel0 = g.part * 256; channel0 < p.hidden; channel0 += kSteps * stride) {
-    const int channel = channel0 + lane * 8;
-    Eight sums[kSteps];
-    sum_rows<In, kSteps>(p, rows, channel, stride, sums);
+  for (int piece = 0; t.part * 256 + piece * kSteps * sums.stride < p.hidden; ++piece) {
+    Eight values[kSteps];
+    sums.piece(piece, values);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      if (channel + i * stride >= p.hidden) continue;
+      const int channel = sums.first + (piece * kSteps + i) * sums.stride;
+      if (channel >= p.hidden) continue;
       Raw8<Out> out;
-      out.set(sums[i]);
-      out.store(to + (channel + i * stride) * sizeof(Out));
+      out.set(values[i]);
+      out.store(to + channel * sizeof(Out));
+    }
+  }
+  cp_async_wait<0>();  // the ring is free for the next token
+}
+
+template <class In, class Out>
+__device__ __forceinline__ void send_all(const CombineParams& p, const Op& op, const Team& t, const Route& route,
+                                         const Outbox& outbox, uint8_t* ring) {
+  const int others = p.ws.num_ranks - 1, all = p.max_tokens * others;
+  // Token by token over all peers, and over blocks: what a peer adds up first is sent first.
+  const int num = all > static_cast<int>(blockIdx.x) ? (all - 1 - blockIdx.x) / p.launch.num_senders + 1 : 0;
+  const auto token_of = [&](int item) { return (item * p.launch.num_senders + static_cast<int>(blockIdx.x)) / others; };
+  const auto peer_of = [&](int item) {
+    return (p.ws.rank + 1 + (item * p.launch.num_senders + static_cast<int>(blockIdx.x)) % others) % p.ws.num_ranks;
+  };
+  if (t.poster) {
+    outbox.post(num, t.parts, [&](int first, int count) {
+      if (threadIdx.x % 32 >= count) return;
+      const int item = first + threadIdx.x % 32;
+      // [B] released to the warps at the peer that wait for this token
+      if (!is_dead(p.ws, peer_of(item))) {
+        st_relaxed_sys(flag(p.ws, peer_of(item), op.parity, p.ws.rank, token_of(item)), tagged(op.epoch, 1));
+      }
+    });
+  } else if (t.id >= 0) {
+    for (int item = t.id; item < num; item += t.num_teams) {
+      outbox.begin(item);
+      send_token<In, Out>(p, op, t, route, peer_of(item), token_of(item), ring);
+      outbox.finish(item);
     }
   }
 }
 
 template <class In, class Out>
-__device__ __forceinline__ void send_all(const CombineParams& p, const Op& op, const Group& g, const Route& route) {
-  const int others = p.ws.num_ranks - 1;
-  if (others == 0) return;
-  const int num_chunks = (p.max_tokens + g.chunk_tokens - 1) / g.chunk_tokens;
-  const int step = p.launch.num_senders * (blockDim.x / g.num_threads);
-  // Chunk by chunk over all peers: what a peer adds up first is sent first.
-  for (int item = blockIdx.x + g.id * p.launch.num_senders; item < num_chunks * others; item += step) {
-    const int chunk = item / others, peer = (p.ws.rank + 1 + item % others) % p.ws.num_ranks;
-    const int token = chunk * g.chunk_tokens + g.token;
-    if (token < p.max_tokens) send_token<In, Out>(p, op, g, route, peer, token);
-    group_sync(g);
-    if (g.thread == 0 && !is_dead(p.ws, peer)) {
-      // [B] releases, to the warps at the peer that wait for this chunk, all that this group stored.
-      fence_acq_rel_sys();
-      st_relaxed_sys(flag(p.ws, peer, op.parity, p.ws.rank, chunk), tagged(op.epoch, 1));
-    }
-  }
-}
-
-template <class In, class Out>
-__device__ __forceinline__ void receive_token(const CombineParams& p, const Op& op, const Group& g, const Route& route,
-                                              int token, int chunk, int* failed) {
+__device__ __forceinline__ void receive_token(const CombineParams& p, const Op& op, const Team& t, const Route& route,
+                                              int token, uint8_t* ring, int* failed) {
+  constexpr int kSteps = steps_of<In, Out>();
+  constexpr int kAnswers = 2;  // on their way at once
   const int lane = threadIdx.x % 32, me = p.ws.rank;
+  const int own_row = route.row(me, token, lane);
   const int rank = route.rank(token, lane);
+  const TokenRows own = token_rows(p, own_row);
+  const RowSums<In, kSteps> sums(p, own, t, ring);  // on their way while the answers are waited for
   int source;
   const int num = distinct_ranks(rank, &source);
-  const int own_row = route.row(me, token, lane);
-  const TokenRows own = token_rows(p, own_row);
-  bool waited = false;
-  constexpr int kSteps = sizeof(In) == 4 || sizeof(Out) == 4 ? 1 : 2;  // pieces of 256 channels in flight a warp
-  const int stride = g.parts * 256;
-  for (int channel0 = g.part * 256; channel0 < p.hidden; channel0 += kSteps * stride) {
-    const int channel = channel0 + lane * 8;
+  uint32_t unused;
+  if (source >= 0 && source != me &&
+      (is_dead(p.ws, source) ||
+       !wait_word(p.ws, flag(p.ws, me, op.parity, source, token), op.epoch, source, kPhaseAnswers, &unused))) {
+    source = -1;  // an answer that does not come counts as zero
+    *failed = 1;
+  }
+  __syncwarp();  // what one lane acquired, the others may read
+  const uint64_t answer =
+      source >= 0 && source != me
+          ? reinterpret_cast<uint64_t>(record(p.ws, me, op.parity, source, token, p.max_tokens, p.record_bytes))
+          : 0;
+  for (int piece = 0; t.part * 256 + piece * kSteps * sums.stride < p.hidden; ++piece) {
+    const int channel = sums.first + piece * kSteps * sums.stride;
+    Raw8<Out> raw[kAnswers][kSteps];
+    const auto load_answers = [&](int first) {
+#pragma unroll
+      for (int r = 0; r < kAnswers; ++r) {
+        const uint64_t from = first + r < num ? __shfl_sync(~0u, answer, first + r) : 0;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+          if (from != 0 && channel + i * sums.stride < p.hidden) {
+            raw[r][i].load_fresh(reinterpret_cast<const uint8_t*>(from) + (channel + i * sums.stride) * sizeof(Out));
+          } else {
+            raw[r][i].zero();
+          }
+        }
+      }
+    };
+    load_answers(0);
+    Raw8<Out> addend[kSteps];
+    if (p.addend != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        const int at = channel + i * sums.stride;
+        if (at < p.hidden) addend[i].load(static_cast<const Out*>(p.addend) + static_cast<int64_t>(token) * p.hidden + at);
+      }
+    }
     Raw8<Out> here[kSteps];
     {
-      Eight sums[kSteps];
-      sum_rows<In, kSteps>(p, own, channel, stride, sums);
+      Eight values[kSteps];
+      sums.piece(piece, values);
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) here[i].set(sums[i]);
-    }
-    if (!waited) {  // with the own rows of the first pieces already on their way
-      uint32_t unused;
-      if (source >= 0 && source != me &&
-          (is_dead(p.ws, source) ||
-           !wait_word(p.ws, flag(p.ws, me, op.parity, source, chunk), op.epoch, source, kPhaseAnswers, &unused))) {
-        source = -1;  // an answer that does not come counts as zero
-        *failed = 1;
-      }
-      __syncwarp();  // what one lane acquired, the others may read
-      waited = true;
+      for (int i = 0; i < kSteps; ++i) here[i].set(values[i]);  // rounded as an answer is
     }
     Eight total[kSteps];
 #pragma unroll
@@ -165,29 +244,15 @@ __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& 
 #pragma unroll
       for (int c = 0; c < 8; ++c) total[i].v[c] = 0.f;
     }
-    for (int first = 0; first < num; first += 2) {
-      Raw8<Out> raw[2][kSteps];
+    for (int first = 0; first < num; first += kAnswers) {
+      if (first != 0) load_answers(first);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int from = first + r < num ? __shfl_sync(~0u, source, first + r) : -1;
-        if (from < 0) {
-          for (int i = 0; i < kSteps; ++i) raw[r][i].zero();
-        } else if (from == me) {
-          for (int i = 0; i < kSteps; ++i) raw[r][i] = here[i];
-        } else {
-          const uint8_t* at = record(p.ws, me, op.parity, from, token, p.max_tokens, p.record_bytes);
-#pragma unroll
-          for (int i = 0; i < kSteps; ++i) {
-            if (channel + i * stride < p.hidden) raw[r][i].load_fresh(at + (channel + i * stride) * sizeof(Out));
-          }
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
+      for (int r = 0; r < kAnswers; ++r) {
         if (first + r >= num) break;
+        const bool mine = __shfl_sync(~0u, source, first + r) == me;
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
-          const Eight values = raw[r][i].floats();
+          const Eight values = mine ? here[i].floats() : raw[r][i].floats();
 #pragma unroll
           for (int c = 0; c < 8; ++c) total[i].v[c] = __fadd_rn(total[i].v[c], values.v[c]);
         }
@@ -195,17 +260,14 @@ __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& 
     }
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int at = channel + i * stride;
+      const int at = channel + i * sums.stride;
       if (at >= p.hidden) continue;
       if (p.out_scale != 1.f) {
 #pragma unroll
         for (int c = 0; c < 8; ++c) total[i].v[c] = __fmul_rn(total[i].v[c], p.out_scale);
       }
-      const int64_t index = static_cast<int64_t>(token) * p.hidden + at;
       if (p.addend != nullptr) {
-        Raw8<Out> addend;
-        addend.load(static_cast<const Out*>(p.addend) + index);
-        const Eight extra = addend.floats();
+        const Eight extra = addend[i].floats();
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
           const float value = p.addend_scale == 1.f ? extra.v[c] : __fmul_rn(extra.v[c], p.addend_scale);
@@ -214,10 +276,11 @@ __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& 
       }
       Raw8<Out> out;
       out.set(total[i]);
-      out.store(static_cast<Out*>(p.out) + index);
+      out.store(static_cast<Out*>(p.out) + static_cast<int64_t>(token) * p.hidden + at);
     }
   }
-  if (p.grad_row_weights != nullptr && g.part == 0 && waited) {
+  cp_async_wait<0>();  // the ring is free for the next token
+  if (p.grad_row_weights != nullptr && t.part == 0) {
     // The rank of selection k is lost when its answer is: find it among those that came.
     bool came = rank == me;
     for (int i = 0; i < num; ++i) {
@@ -237,32 +300,38 @@ __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& 
 
 template <class In, class Out>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __grid_constant__ CombineParams p) {
-  __shared__ int failed, bits;
-  __shared__ int32_t given[2 * kMaxGroups];
-  if (threadIdx.x == 0) failed = 0;
+  extern __shared__ __align__(16) uint8_t rings[];
+  __shared__ uint32_t done[kOutbox];
+  __shared__ int32_t posted, failed;
+  for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) done[i] = 0;
+  if (threadIdx.x == 0) posted = failed = 0;
   wait_for_earlier_kernels();
   let_next_kernel_launch();
   const Op op = begin_op(p.ws);
-  const Group g = my_group(p.launch);
+  const Team t = my_team(p.launch);
   const Route route(p);
+  uint8_t* ring = rings + threadIdx.x / 32 * kWarpBytes;
   __syncthreads();
   if ((p.launch.phases & 1) != 0 && !op.excluded && blockIdx.x < p.launch.num_senders) {
-    if (blockIdx.x == 0) {
-      for (int peer = threadIdx.x; peer < p.ws.num_ranks; peer += blockDim.x) {
-        if (!is_dead(p.ws, peer)) post_header(p.ws, op, peer, p.num_tokens, p.call_hash, route.good ? 0 : kBadRoute);
+    if (blockIdx.x == 0 && t.poster) {
+      for (int peer = threadIdx.x % 32; peer < p.ws.num_ranks; peer += 32) {
+        if (route.takes_part(p.ws, peer)) {
+          post_header(p.ws, op, peer, p.num_tokens, p.call_hash, route.good ? 0 : kBadRoute);
+        }
       }
     }
-    send_all<In, Out>(p, op, g, route);
+    send_all<In, Out>(p, op, t, route, Outbox{done, &posted}, ring);
   }
   if ((p.launch.phases & 2) == 0) return;
-  const int num_chunks = (p.num_tokens + g.chunk_tokens - 1) / g.chunk_tokens;
-  Turns turns(p.launch, g, &control(p.ws, p.ws.rank)->work[op.parity], given);
-  for (int chunk = turns.take(g); chunk < num_chunks; chunk = turns.take(g)) {
-    const int token = chunk * g.chunk_tokens + g.token;
-    if (token < p.num_tokens) receive_token<In, Out>(p, op, g, route, token, chunk, &failed);
+  if (blockIdx.x == 0 && t.poster) {
+    close_headers(p, op, route.good, &failed, [&](int rank) { return route.takes_part(p.ws, rank); });
   }
-  __syncthreads();
-  close_headers(p, op, route.good, &bits, &failed);
+  if (t.id >= 0) {
+    Turns turns(p.launch, t, &control(p.ws, p.ws.rank)->work[op.parity]);
+    for (int token = turns.take(); token < p.num_tokens; token = turns.take()) {
+      receive_token<In, Out>(p, op, t, route, token, ring, &failed);
+    }
+  }
   end_op(p.ws, op, &failed, [&] {
     if (threadIdx.x == 0) p.status[0] |= op.excluded ? kExcluded : kTimeout;
   });
@@ -270,13 +339,14 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
 
 template <class In>
 int launch_to(const CombineParams& p, cudaStream_t stream) {
+  const uint64_t shared_bytes = static_cast<uint64_t>(p.launch.num_threads / 32 - 1) * kWarpBytes;
   switch (p.out_dtype) {
     case kBf16:
-      return launch_kernel(combine_kernel<In, __nv_bfloat16>, p, p.launch, 0, stream);
+      return launch_kernel(combine_kernel<In, __nv_bfloat16>, p, p.launch, shared_bytes, stream);
     case kFp16:
-      return launch_kernel(combine_kernel<In, __half>, p, p.launch, 0, stream);
+      return launch_kernel(combine_kernel<In, __half>, p, p.launch, shared_bytes, stream);
     default:
-      return launch_kernel(combine_kernel<In, float>, p, p.launch, 0, stream);
+      return launch_kernel(combine_kernel<In, float>, p, p.launch, shared_bytes, stream);
   }
 }
 

@@ -3,22 +3,19 @@
 // One kernel, dispatch without placement: the route on the sender says which ranks a token goes to, the route on the receiver
 // which rows it belongs to. The receiver multiplies by the row's weight and, for the gradient of that weight, by the row.
 // One warp a token throughout, so that the dot product has one fixed order.
-#include "exchange.cuh"
-#include "group.cuh"
 #include "launch.cuh"
 #include "route.cuh"
+#include "team.cuh"
 #include "values.cuh"
 
 namespace epops {
 namespace {
 
 template <class G>
-__device__ __forceinline__ void send_token(const ScatterParams& p, const Op& op, const Route& route, int token,
-                                           uint32_t bit, uint32_t* present) {
+__device__ __forceinline__ void send_token(const ScatterParams& p, const Op& op, const Route& route, int token) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
   int peer;
   const int num = distinct_ranks(route.rank(token, lane), &peer);
-  if (lane < num) atomicOr(&present[peer], bit);
   const uint64_t mine = lane < num && peer != me ? reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token,
                                                                                     p.max_tokens, p.record_bytes))
                                                  : 0;
@@ -84,65 +81,73 @@ __device__ __forceinline__ void receive_token(const ScatterParams& p, const Op& 
   }
 }
 
+// Flags of a block's items [first, first + count) to the peers that have a row of the token: others do not wait for it.
+__device__ __forceinline__ void tell_peers(const ScatterParams& p, const Op& op, const Route& route, int first, int count) {
+  const int lane = threadIdx.x % 32;
+  for (int item = first; item < first + count; ++item) {
+    const int token = item * p.launch.num_senders + static_cast<int>(blockIdx.x);
+    int peer;
+    const int num = distinct_ranks(route.rank(token, lane), &peer);
+    if (lane < num && peer != p.ws.rank && !is_dead(p.ws, peer)) {
+      st_relaxed_sys(flag(p.ws, peer, op.parity, p.ws.rank, token), tagged(op.epoch, 1));
+    }
+  }
+}
+
 template <class G, class Y>
 __global__ void __launch_bounds__(kCombineThreads, 1) scatter_kernel(const __grid_constant__ ScatterParams p) {
-  __shared__ int failed, bits;
-  __shared__ int32_t given[2 * kMaxGroups];
-  if (threadIdx.x == 0) failed = 0;
+  __shared__ uint32_t done[kOutbox];
+  __shared__ int32_t posted, failed;
+  for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) done[i] = 0;
+  if (threadIdx.x == 0) posted = failed = 0;
   wait_for_earlier_kernels();
   let_next_kernel_launch();
   const Op op = begin_op(p.ws);
-  const Group g = my_group(p.launch);
+  const Team t = my_team(p.launch);
   const Route route(p);
   const int lane = threadIdx.x % 32, num_ranks = p.ws.num_ranks, me = p.ws.rank;
   __syncthreads();
   if ((p.launch.phases & 1) != 0 && !op.excluded && blockIdx.x < p.launch.num_senders) {
-    extern __shared__ uint32_t presents[];  // [2][kMaxGroups][R]
-    for (int i = threadIdx.x; i < 2 * kMaxGroups * num_ranks; i += blockDim.x) presents[i] = 0;
-    if (blockIdx.x == 0) {
-      for (int peer = threadIdx.x; peer < num_ranks; peer += blockDim.x) {
-        if (!is_dead(p.ws, peer)) post_header(p.ws, op, peer, p.num_tokens, p.call_hash, route.good ? 0 : kBadRoute);
+    const Outbox outbox{done, &posted};
+    const int num = p.num_tokens > static_cast<int>(blockIdx.x) ? (p.num_tokens - 1 - blockIdx.x) / p.launch.num_senders + 1 : 0;
+    if (t.poster) {
+      if (blockIdx.x == 0) {
+        for (int peer = lane; peer < num_ranks; peer += 32) {
+          if (route.takes_part(p.ws, peer)) {
+            post_header(p.ws, op, peer, p.num_tokens, p.call_hash, route.good ? 0 : kBadRoute);
+          }
+        }
       }
-    }
-    __syncthreads();
-    const int num_chunks = (p.num_tokens + g.chunk_tokens - 1) / g.chunk_tokens;
-    const int step = p.launch.num_senders * (blockDim.x / g.num_threads);
-    int turn = 0;
-    for (int chunk = blockIdx.x + g.id * p.launch.num_senders; chunk < num_chunks; chunk += step, ++turn) {
-      uint32_t* present = presents + ((turn & 1) * kMaxGroups + g.id) * num_ranks;
-      const int token = chunk * g.chunk_tokens + g.token;
-      if (token < p.num_tokens) send_token<G>(p, op, route, token, 1u << g.token, present);
-      group_sync(g);
-      for (int peer = g.thread; peer < num_ranks; peer += g.num_threads) {
-        const bool any = present[peer] != 0;
-        present[peer] = 0;  // used again two chunks from here, with a group barrier in between
-        if (!any || peer == me || is_dead(p.ws, peer)) continue;
-        // [C] releases all that this group stored; only chunks that the peer has a row of are waited for there.
-        fence_acq_rel_sys();
-        st_relaxed_sys(flag(p.ws, peer, op.parity, me, chunk), tagged(op.epoch, 1));
+      outbox.post(num, t.parts, [&](int first, int count) { tell_peers(p, op, route, first, count); });
+    } else if (t.id >= 0) {
+      for (int item = t.id; item < num; item += t.num_teams) {
+        outbox.begin(item);
+        send_token<G>(p, op, route, item * p.launch.num_senders + static_cast<int>(blockIdx.x));
+        outbox.finish(item);
       }
     }
   }
   if ((p.launch.phases & 2) == 0) return;
-  const int num_chunks = (p.max_tokens + g.chunk_tokens - 1) / g.chunk_tokens;
-  Turns turns(p.launch, g, &control(p.ws, me)->work[op.parity], given);
-  for (int item = turns.take(g); item < num_chunks * num_ranks; item = turns.take(g)) {
-    const int source = (me + item / num_chunks) % num_ranks, chunk = item % num_chunks;
-    const int token = chunk * g.chunk_tokens + g.token;
-    const int row = token < p.max_tokens ? route.row(source, token, lane) : -1;
-    if (__ballot_sync(~0u, row >= 0) == 0) continue;
-    bool came = true;
-    if (lane == 0 && source != me) {
-      uint32_t unused;
-      came = !is_dead(p.ws, source) &&
-             wait_word(p.ws, flag(p.ws, me, op.parity, source, chunk), op.epoch, source, kPhaseRows, &unused);
-      if (!came) failed = 1;
-    }
-    __syncwarp();
-    if (__shfl_sync(~0u, came, 0)) receive_token<G, Y>(p, op, route, source, token, row);
+  if (blockIdx.x == 0 && t.poster) {
+    close_headers(p, op, route.good, &failed, [&](int rank) { return route.takes_part(p.ws, rank); });
   }
-  __syncthreads();
-  close_headers(p, op, route.good, &bits, &failed);
+  if (t.id >= 0) {
+    Turns turns(p.launch, t, &control(p.ws, me)->work[op.parity]);
+    for (int item = turns.take(); item < p.max_tokens * num_ranks; item = turns.take()) {
+      const int source = (me + item / p.max_tokens) % num_ranks, token = item % p.max_tokens;
+      const int row = route.row(source, token, lane);
+      if (__ballot_sync(~0u, row >= 0) == 0) continue;
+      int came = 1;
+      if (lane == 0 && source != me) {
+        uint32_t unused;
+        came = !is_dead(p.ws, source) &&
+               wait_word(p.ws, flag(p.ws, me, op.parity, source, token), op.epoch, source, kPhaseRows, &unused);
+        if (came == 0) failed = 1;
+      }
+      __syncwarp();
+      if (__shfl_sync(~0u, came, 0) != 0) receive_token<G, Y>(p, op, route, source, token, row);
+    }
+  }
   end_op(p.ws, op, &failed, [&] {
     if (threadIdx.x == 0) p.status[0] |= op.excluded ? kExcluded : kTimeout;
   });
@@ -150,14 +155,13 @@ __global__ void __launch_bounds__(kCombineThreads, 1) scatter_kernel(const __gri
 
 template <class G>
 int launch_to(const ScatterParams& p, cudaStream_t stream) {
-  const uint64_t shared_bytes = 2ull * kMaxGroups * p.ws.num_ranks * 4;
   switch (p.y_dtype) {
     case kBf16:
-      return launch_kernel(scatter_kernel<G, __nv_bfloat16>, p, p.launch, shared_bytes, stream);
+      return launch_kernel(scatter_kernel<G, __nv_bfloat16>, p, p.launch, 0, stream);
     case kFp16:
-      return launch_kernel(scatter_kernel<G, __half>, p, p.launch, shared_bytes, stream);
+      return launch_kernel(scatter_kernel<G, __half>, p, p.launch, 0, stream);
     default:
-      return launch_kernel(scatter_kernel<G, float>, p, p.launch, shared_bytes, stream);
+      return launch_kernel(scatter_kernel<G, float>, p, p.launch, 0, stream);
   }
 }
 

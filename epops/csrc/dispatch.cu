@@ -1,11 +1,10 @@
 // dispatch: token rows to the ranks of their experts, grouped as they arrive.
 //
 // One kernel. Sending blocks: count selections, post counts and header to the peers, then store each row once a destination
-// into the slot that belongs to (this rank, token) there, with its entries (slot, position, weight a selection), and release
-// one flag a chunk of tokens. All blocks: wait for everybody's counts, from which every row's place follows, write what
-// follows from counts alone, and copy each chunk to its rows as its flag comes. Own rows never travel: they are read, and
-// quantized, from x. Sending waits for nothing, so blocks need not be resident together.
-#include "group.cuh"
+// into the slot that belongs to (this rank, token) there, with its entries (slot, position, weight a selection); the poster
+// releases a flag a token. All blocks: wait for everybody's counts, from which every row's place follows, write what follows
+// from counts alone, and copy each row to its places as its flag comes. Own rows never travel: they are read, and quantized,
+// from x. Sending waits for nothing, so blocks need not be resident together.
 #include "launch.cuh"
 #include "placement.cuh"
 #include "values.cuh"
@@ -74,29 +73,42 @@ struct ToRows {
 
 // ---- where a row comes from -----------------------------------------------------------------------------------------------
 
-// A row as it is, 512 bytes a warp and step, kSteps of them in flight.
-template <int kSteps, class Sink>
-__device__ __forceinline__ void copy_row(const uint8_t* from, int row_bytes, const Group& g, const Sink& sink) {
-  const int lane = threadIdx.x % 32;
-  for (int at0 = g.part * 512; at0 < row_bytes; at0 += kSteps * g.parts * 512) {
-    uint4 v[kSteps];
+// A row as it is, 512 bytes a warp and step, kSteps of them in flight. `load` may run before it is known where the row goes.
+template <int kSteps>
+struct RowBytes {
+  uint4 v[kSteps];
+
+  __device__ __forceinline__ void load(const uint8_t* from, int row_bytes, int at0, const Team& t) {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int at = at0 + i * g.parts * 512 + lane * 16;
+      const int at = at0 + i * t.parts * 512 + static_cast<int>(threadIdx.x % 32) * 16;
       if (at < row_bytes) v[i] = ld_no_allocate(from + at);
     }
+  }
+  template <class Sink>
+  __device__ __forceinline__ void store(int row_bytes, int at0, const Team& t, const Sink& sink) const {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int at = at0 + i * g.parts * 512 + lane * 16;
-      if (at - lane * 16 < row_bytes) sink.store(at, at < row_bytes, v[i]);
+      const int at = at0 + i * t.parts * 512;
+      const int mine = at + static_cast<int>(threadIdx.x % 32) * 16;
+      if (at < row_bytes) sink.store(mine, mine < row_bytes, v[i]);
     }
+  }
+};
+
+template <int kSteps, class Sink>
+__device__ __forceinline__ void copy_rest(const uint8_t* from, int row_bytes, int at0, const Team& t, const Sink& sink) {
+  for (; at0 < row_bytes; at0 += kSteps * t.parts * 512) {
+    RowBytes<kSteps> bytes;
+    bytes.load(from, row_bytes, at0, t);
+    bytes.store(row_bytes, at0, t, sink);
   }
 }
 
 template <class Sink>
-__device__ __forceinline__ void copy_scales(const DispatchParams& p, const uint8_t* from, int64_t stride, const Group& g,
+__device__ __forceinline__ void copy_scales(const DispatchParams& p, const uint8_t* from, int64_t stride, const Team& t,
                                             const Sink& sink) {
-  if (g.part != g.parts - 1) return;
+  if (t.part != t.parts - 1) return;
   const int lane = threadIdx.x % 32;
   for (int block0 = 0; block0 < p.num_scales; block0 += 32) {
     const bool has = block0 + lane < p.num_scales;
@@ -106,16 +118,16 @@ __device__ __forceinline__ void copy_scales(const DispatchParams& p, const uint8
 }
 
 template <class T, int kSteps, class Sink>
-__device__ __forceinline__ void quantize_row(const DispatchParams& p, const T* row, const Group& g, const Sink& sink) {
+__device__ __forceinline__ void quantize_row(const DispatchParams& p, const T* row, const Team& t, const Sink& sink) {
   const int lane = threadIdx.x % 32;
   const float row_amax = p.quant.block == 0 ? warp_row_amax<T>(row, p.hidden) : 0.f;
-  for (int at0 = g.part * 512; at0 < p.hidden; at0 += kSteps * g.parts * 512) {
+  for (int at0 = t.part * 512; at0 < p.hidden; at0 += kSteps * t.parts * 512) {
     QuantLane<T> x[kSteps];
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) x[i].load(row, at0 + i * g.parts * 512 + lane * 16, p.hidden);
+    for (int i = 0; i < kSteps; ++i) x[i].load(row, at0 + i * t.parts * 512 + lane * 16, p.hidden);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int channel = at0 + i * g.parts * 512 + lane * 16;
+      const int channel = at0 + i * t.parts * 512 + lane * 16;
       if (channel - lane * 16 >= p.hidden) break;
       float scale;
       const uint4 q = x[i].finish(p.quant, row_amax, &scale);
@@ -128,88 +140,103 @@ __device__ __forceinline__ void quantize_row(const DispatchParams& p, const T* r
 
 // A token's row from x, quantized where T is a number.
 template <class T, class Sink>
-__device__ __forceinline__ void row_from_x(const DispatchParams& p, int token, const Group& g, const Sink& sink) {
+__device__ __forceinline__ void row_from_x(const DispatchParams& p, int token, const Team& t, const Sink& sink) {
   if constexpr (sizeof(T) == 1) {
-    copy_row<4>(static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(token) * p.row_bytes, p.row_bytes, g, sink);
+    const uint8_t* from = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(token) * p.row_bytes;
+    copy_rest<4>(from, p.row_bytes, t.part * 512, t, sink);
     if (p.num_scales != 0) {
       const uint8_t* scales = static_cast<const uint8_t*>(p.x_scales) + token * p.scale_token_stride * p.wire_scale_bytes;
-      copy_scales(p, scales, p.scale_block_stride, g, sink);
+      copy_scales(p, scales, p.scale_block_stride, t, sink);
     }
   } else {
-    quantize_row<T, sizeof(T) == 4 ? 1 : 2>(p, static_cast<const T*>(p.x) + static_cast<int64_t>(token) * p.hidden, g, sink);
+    quantize_row<T, sizeof(T) == 4 ? 1 : 2>(p, static_cast<const T*>(p.x) + static_cast<int64_t>(token) * p.hidden, t, sink);
   }
 }
 
 // ---- sending --------------------------------------------------------------------------------------------------------------
 
-// One token by the warps of its group; `at` is where its selections lie in `slot` and `position`.
+// One token by the warps of its team; `at` is where its selections lie in `slot` and `position`.
 template <class T>
-__device__ __forceinline__ void send_token(const DispatchParams& p, const Places& s, const Op& op, const Group& g, int token,
-                                           int at, uint32_t* present) {
+__device__ __forceinline__ void send_token(const DispatchParams& p, const Places& s, const Op& op, const Team& t, int token,
+                                           int at) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
   const bool selected = lane < p.top_k;
   const int slot = selected ? s.slot[at + lane] : -1;
   const int rank = slot >= 0 ? slot / p.num_slots : -1;
   uint2 mine = make_uint2(kNoEntry, 0);
-  if (g.part == 0 && slot >= 0) {
-    mine.x = static_cast<uint32_t>(slot % p.num_slots) << 20 | static_cast<uint32_t>(s.position[at + lane]);
-    mine.y = __float_as_uint(p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane]);
+  if (t.part == 0) {
+    if (slot >= 0) {
+      mine.x = static_cast<uint32_t>(slot - rank * p.num_slots) << 20 | static_cast<uint32_t>(s.position[at + lane]);
+      mine.y = __float_as_uint(p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane]);
+    }
+    // Own entries carry the epoch and need no flag: [E].
+    if (selected) {
+      uint64_t* own = reinterpret_cast<uint64_t*>(entries(p.ws, me, op.parity, me, token));
+      st_relaxed_sys(own + lane, tagged(op.epoch, rank == me ? mine.x : kNoEntry));
+    }
   }
   ToPeers sink{p, 0, 0};
-  for (uint32_t left = __ballot_sync(~0u, rank >= 0); left != 0;) {
+  for (uint32_t left = __ballot_sync(~0u, rank >= 0 && rank != me); left != 0;) {
     const int peer = __shfl_sync(~0u, rank, __ffs(left) - 1);
     left &= ~__ballot_sync(~0u, rank == peer);
-    if (g.part == 0) {
-      if (selected) entries(p.ws, peer, op.parity, me, token)[lane] = rank == peer ? mine : make_uint2(kNoEntry, 0);
-      if (lane == 0) atomicOr(&present[peer], 1u << g.token);
+    if (t.part == 0 && selected) {
+      entries(p.ws, peer, op.parity, me, token)[lane] = rank == peer ? mine : make_uint2(kNoEntry, 0);
     }
-    if (peer != me) {
-      if (lane == sink.num) {
-        sink.address =
-            reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token, p.max_tokens, p.record_bytes));
-      }
-      ++sink.num;
+    if (lane == sink.num) {
+      sink.address = reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token, p.max_tokens, p.record_bytes));
     }
+    ++sink.num;
   }
-  if (sink.num != 0) row_from_x<T>(p, token, g, sink);
+  if (sink.num != 0) row_from_x<T>(p, token, t, sink);
+}
+
+// Flags of tokens [first, first + count) to every peer: 1 a row came, 0 none does.
+__device__ __forceinline__ void tell_peers(const DispatchParams& p, const Places& s, const Op& op, int first, int at, int count) {
+  const int lane = threadIdx.x % 32, me = p.ws.rank;
+  for (int i = lane; i < count * p.ws.num_ranks; i += 32) {
+    const int token = i / p.ws.num_ranks, peer = i % p.ws.num_ranks;
+    if (peer == me || s.takes_part[peer] == 0) continue;
+    uint32_t has = 0;
+    for (int k = 0; k < p.top_k; ++k) {
+      const int slot = s.slot[(at + token) * p.top_k + k];
+      if (slot >= 0 && slot / p.num_slots == peer) has = 1;
+    }
+    st_relaxed_sys(flag(p.ws, peer, op.parity, me, first + token), tagged(op.epoch, has));
+  }
 }
 
 template <class T>
-__device__ __forceinline__ void send_all(const DispatchParams& p, const Places& s, const Op& op, const Group& g) {
+__device__ __forceinline__ void send_all(const DispatchParams& p, const Places& s, const Op& op, const Team& t) {
   const int num_ranks = p.ws.num_ranks;
-  const int num_chunks = (p.num_tokens + g.chunk_tokens - 1) / g.chunk_tokens;
-  const int chunks_a_block = (num_chunks + p.launch.num_senders - 1) / p.launch.num_senders;
-  const int first = min(blockIdx.x * chunks_a_block * g.chunk_tokens, p.num_tokens);
-  const int last = min(first + chunks_a_block * g.chunk_tokens, p.num_tokens);
+  const int tokens_a_block = (p.num_tokens + p.launch.num_senders - 1) / p.launch.num_senders;
+  const int first = min(static_cast<int>(blockIdx.x) * tokens_a_block, p.num_tokens);
+  const int last = min(first + tokens_a_block, p.num_tokens);
   if (first == last && blockIdx.x >= num_ranks && blockIdx.x != 0) return;
   count_selections(p, s, first);
   __syncthreads();
   for (int step = blockIdx.x; step < num_ranks; step += p.launch.num_senders) {
     const int peer = (p.ws.rank + 1 + step) % num_ranks;
-    if (!is_dead(p.ws, peer)) post_counts(p, s, op, peer);
+    if (s.takes_part[peer] != 0) post_counts(p, s, op, peer);
   }
-  const int num_groups = blockDim.x / g.num_threads;
-  const int batch = kPlaceEntries / p.top_k / 32 * 32;  // tokens whose places fit; a multiple of every chunk
-  int turn = 0;
+  __syncthreads();  // `total` has been read, by the poster's warp too
+  const int batch = kPlaceEntries / p.top_k / 32 * 32;  // tokens whose places fit
+  const Outbox outbox{s.done, &s.words[kPosted]};
   for (int base = first; base < last; base += batch) {
-    const int batch_last = min(base + batch, last);
-    place_tokens(p, s, base, batch_last);  // ends with a block barrier
-    for (int chunk0 = base + g.id * g.chunk_tokens; chunk0 < batch_last; chunk0 += num_groups * g.chunk_tokens) {
-      uint32_t* present = s.present + ((turn & 1) * kMaxGroups + g.id) * num_ranks;
-      const int token = chunk0 + g.token;
-      if (token < batch_last) send_token<T>(p, s, op, g, token, (token - base) * p.top_k, present);
-      group_sync(g);
-      // [A] releases, to the group at the peer that waits for this chunk, all that this group stored.
-      for (int peer = g.thread; peer < num_ranks; peer += g.num_threads) {
-        const uint32_t bits = present[peer];
-        present[peer] = 0;  // used again two chunks from here, with a group barrier in between
-        if (is_dead(p.ws, peer)) continue;
-        fence_acq_rel_sys();
-        st_relaxed_sys(flag(p.ws, peer, op.parity, p.ws.rank, chunk0 / g.chunk_tokens), tagged(op.epoch, bits));
+    const int num = min(batch, last - base);
+    place_tokens(p, s, base, base + num);  // ends with a block barrier
+    if (t.poster) {
+      outbox.post(num, t.parts, [&](int item, int count) { tell_peers(p, s, op, base + item, item, count); });
+    } else if (t.id >= 0) {
+      for (int item = t.id; item < num; item += t.num_teams) {
+        outbox.begin(item);
+        send_token<T>(p, s, op, t, base + item, item * p.top_k);
+        outbox.finish(item);
       }
-      ++turn;
     }
-    __syncthreads();
+    if (base + batch < last) {
+      __syncthreads();
+      if (threadIdx.x == 0) s.words[kPosted] = 0;
+    }
   }
 }
 
@@ -222,84 +249,114 @@ __device__ __forceinline__ void send_nothing(const DispatchParams& p) {
 
 // ---- receiving ------------------------------------------------------------------------------------------------------------
 
-// Token `token` of rank `source` to its rows.
-template <class T>
-__device__ __forceinline__ void receive_token(const DispatchParams& p, const Places& s, const Op& op, const Group& g,
-                                              int source, int token, bool here) {
+// Lane k: where selection k of a token of `source` goes. What a peer wrote is data, not an address: a slot that is none counts
+// as absent, and rows end at the capacity.
+struct Landing {
+  int slot, row;     // row: -1 not here, -2 no room
+  uint32_t locals;   // lanes with a slot of this rank
+  uint32_t to_copy;  // lanes whose rows the bytes go to
+};
+
+__device__ __forceinline__ Landing land(const DispatchParams& p, const Places& s, int source, uint32_t entry) {
+  Landing l;
+  l.slot = static_cast<int>(entry >> 20);
+  const bool local = entry != kNoEntry && l.slot < p.num_slots;
+  l.row = local ? row_of(p, s, source, l.slot, static_cast<int>(entry & 0xfffff)) : -1;
+  l.locals = __ballot_sync(~0u, local);
+  l.to_copy = __ballot_sync(~0u, l.row >= 0);
+  if (p.layout == kRank) l.to_copy &= -l.to_copy;  // all selections of a token name one row
+  return l;
+}
+
+__device__ __forceinline__ void write_row_facts(const DispatchParams& p, const Landing& l, int source, int token, float weight) {
   const int lane = threadIdx.x % 32;
-  const bool selected = lane < p.top_k;
-  uint2 entry = make_uint2(kNoEntry, 0);
-  if (here && selected) entry = ld_no_allocate8(entries(p.ws, p.ws.rank, op.parity, source, token) + lane);
-  // What a peer wrote is data, not an address: a slot that is none counts as absent, and rows end at the capacity.
-  const int slot = static_cast<int>(entry.x >> 20);
-  const bool local = entry.x != kNoEntry && slot < p.num_slots;
-  const int row = local ? row_of(p, s, source, slot, static_cast<int>(entry.x & 0xfffff)) : -1;
-  const uint32_t locals = __ballot_sync(~0u, local);
-  if (g.part == 0) {
-    const int64_t pair = static_cast<int64_t>(source) * p.max_tokens + token;
-    if (selected) {
-      p.route[32 + p.ws.num_ranks + static_cast<int64_t>(p.num_tokens) * p.top_k + pair * p.top_k + lane] = row;
-    }
-    if (p.layout == kRank) {
-      const int to = __shfl_sync(~0u, row, locals != 0 ? __ffs(locals) - 1 : 0);
-      if (locals != 0 && to >= 0) {
-        if (selected) {
-          p.row_weights[static_cast<int64_t>(to) * p.top_k + lane] = local ? __uint_as_float(entry.y) : 0.f;
-          p.row_expert[static_cast<int64_t>(to) * p.top_k + lane] = local ? slot : -1;
-        }
-        if (lane == 0) p.row_source[to] = static_cast<int>(pair);
-      }
-    } else if (row >= 0) {
-      p.row_weights[row] = __uint_as_float(entry.y);
-      p.row_expert[row] = slot;
-      p.row_source[row] = static_cast<int>(pair);
-    }
+  const bool selected = lane < p.top_k, local = (l.locals >> lane & 1) != 0;
+  const int64_t pair = static_cast<int64_t>(source) * p.max_tokens + token;
+  if (selected) {
+    p.route[32 + p.ws.num_ranks + static_cast<int64_t>(p.num_tokens) * p.top_k + pair * p.top_k + lane] = l.row;
   }
-  uint32_t valid = __ballot_sync(~0u, row >= 0);
-  if (p.layout == kRank) valid &= -valid;  // all selections of a token name one row
-  if (valid == 0) return;
-  const ToRows sink{p, row, valid};
-  if (source == p.ws.rank) {
-    row_from_x<T>(p, token, g, sink);
-  } else {
-    const uint8_t* from = record(p.ws, p.ws.rank, op.parity, source, token, p.max_tokens, p.record_bytes);
-    copy_row<4>(from, p.row_bytes, g, sink);
-    if (p.num_scales != 0) copy_scales(p, from + p.row_bytes, 1, g, sink);
+  if (p.layout == kRank) {
+    const int64_t to = __shfl_sync(~0u, l.row, l.locals != 0 ? __ffs(l.locals) - 1 : 0);
+    if (l.locals != 0 && to >= 0) {
+      if (selected) {
+        p.row_weights[to * p.top_k + lane] = local ? weight : 0.f;
+        p.row_expert[to * p.top_k + lane] = local ? l.slot : -1;
+      }
+      if (lane == 0) p.row_source[to] = static_cast<int>(pair);
+    }
+  } else if (l.row >= 0) {
+    p.row_weights[l.row] = weight;
+    p.row_expert[l.row] = l.slot;
+    p.row_source[l.row] = static_cast<int>(pair);
   }
 }
 
-// One chunk of one source. `first` waits for it: every warp for itself, or the group's first warp for all.
-__device__ __forceinline__ uint32_t wait_chunk(const DispatchParams& p, const Places& s, const Op& op, const Group& g,
-                                               int source, int chunk) {
-  if (chunk * g.chunk_tokens >= s.num_tokens[source]) return 0;  // -1: nothing of this source
-  uint32_t present = 0;
-  if (!wait_word(p.ws, flag(p.ws, p.ws.rank, op.parity, source, chunk), op.epoch, source, kPhaseRows, &present)) {
-    present = 0;
+template <class T>
+__device__ __forceinline__ void receive_own(const DispatchParams& p, const Places& s, const Op& op, const Team& t, int token) {
+  const int lane = threadIdx.x % 32, me = p.ws.rank;
+  uint32_t entry = kNoEntry;
+  float weight = 0.f;
+  if (token < s.num_tokens[me] && lane < p.top_k) {
+    if (t.part == 0) weight = p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane];
+    // [E] every word for itself, from the warp of this rank that sent the token
+    const uint64_t* words = reinterpret_cast<const uint64_t*>(entries(p.ws, me, op.parity, me, token));
+    if (!wait_word(p.ws, words + lane, op.epoch, me, kPhaseRows, &entry)) {
+      entry = kNoEntry;
+      s.words[kFailed] = 1;
+    }
+  }
+  __syncwarp();
+  const Landing l = land(p, s, me, entry);
+  if (l.to_copy != 0) row_from_x<T>(p, token, t, ToRows{p, l.row, l.to_copy});
+  if (t.part == 0) write_row_facts(p, l, me, token, weight);
+}
+
+__device__ __forceinline__ void receive_theirs(const DispatchParams& p, const Places& s, const Op& op, const Team& t, int source,
+                                               int token) {
+  const int lane = threadIdx.x % 32;
+  uint2 entry = make_uint2(kNoEntry, 0);
+  uint32_t has = 0;
+  if (lane == 0 && token < s.num_tokens[source] &&
+      !wait_word(p.ws, flag(p.ws, p.ws.rank, op.parity, source, token), op.epoch, source, kPhaseRows, &has)) {
+    has = 0;
     s.words[kFailed] = 1;
   }
-  return present;
+  __syncwarp();  // what lane 0 acquired, the others may read
+  has = __shfl_sync(~0u, has, 0);
+  const uint8_t* from = record(p.ws, p.ws.rank, op.parity, source, token, p.max_tokens, p.record_bytes);
+  RowBytes<4> bytes;
+  if (has != 0) {
+    if (lane < p.top_k) entry = ld_no_allocate8(entries(p.ws, p.ws.rank, op.parity, source, token) + lane);
+    bytes.load(from, p.row_bytes, t.part * 512, t);
+  }
+  const Landing l = land(p, s, source, entry.x);
+  if (l.to_copy != 0) {
+    const ToRows sink{p, l.row, l.to_copy};
+    bytes.store(p.row_bytes, t.part * 512, t, sink);
+    copy_rest<4>(from, p.row_bytes, t.part * 512 + 4 * t.parts * 512, t, sink);
+    if (p.num_scales != 0) copy_scales(p, from + p.row_bytes, 1, t, sink);
+  }
+  if (t.part == 0) write_row_facts(p, l, source, token, __uint_as_float(entry.y));
 }
 
 template <class T>
-__device__ __forceinline__ void receive_all(const DispatchParams& p, const Places& s, const Op& op, const Group& g) {
-  const int num_ranks = p.ws.num_ranks, lane = threadIdx.x % 32;
-  const int num_chunks = (p.max_tokens + g.chunk_tokens - 1) / g.chunk_tokens;
-  // Peers send from the start of each of their blocks' ranges at once; chunks are taken in that order.
-  const int ranges = p.launch.dynamic ? min(p.launch.num_senders, num_chunks) : 1;
-  const int range = (num_chunks + ranges - 1) / ranges;
-  const int num_items = num_ranks * ranges * range;
-  Turns turns(p.launch, g, &control(p.ws, p.ws.rank)->work[op.parity], &s.words[kItem]);
-  for (int item = turns.take(g); item < num_items; item = turns.take(g)) {
+__device__ __forceinline__ void receive_all(const DispatchParams& p, const Places& s, const Op& op, const Team& t) {
+  if (t.id < 0) return;
+  // Peers send from the start of each of their blocks' ranges at once; tokens are taken in that order.
+  const int ranges = p.launch.dynamic ? min(p.launch.num_senders, p.max_tokens) : 1;
+  const int range = (p.max_tokens + ranges - 1) / ranges;
+  const int num_items = p.ws.num_ranks * ranges * range;
+  Turns turns(p.launch, t, &control(p.ws, p.ws.rank)->work[op.parity]);
+  for (int item = turns.take(); item < num_items; item = turns.take()) {
     const int step = item / (ranges * range), at = item % (ranges * range);
-    const int chunk = at % ranges * range + at / ranges;
-    const int source = (p.ws.rank + (p.launch.dynamic ? step : step + 1)) % num_ranks;  // own rows while others travel, or last
-    if (chunk >= num_chunks) continue;
-    uint32_t present = 0;
-    if (lane == 0) present = wait_chunk(p, s, op, g, source, chunk);
-    __syncwarp();  // what lane 0 acquired, the others may read
-    present = __shfl_sync(~0u, present, 0);
-    const int token = chunk * g.chunk_tokens + g.token;
-    if (token < p.max_tokens) receive_token<T>(p, s, op, g, source, token, (present >> g.token & 1) != 0);
+    const int token = at % ranges * range + at / ranges;
+    const int source = (p.ws.rank + (p.launch.dynamic ? step : step + 1)) % p.ws.num_ranks;  // own first, or last
+    if (token >= p.max_tokens) continue;
+    if (source == p.ws.rank) {
+      receive_own<T>(p, s, op, t, token);
+    } else {
+      receive_theirs(p, s, op, t, source, token);
+    }
   }
 }
 
@@ -330,34 +387,55 @@ template <class T>
 __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams p) {
   extern __shared__ uint32_t shared[];
   const Places s = carve(shared, p.ws.num_ranks, p.num_slots, p.num_experts);
+  const Team t = my_team(p.launch);
+  const bool sender = (p.launch.phases & 1) != 0 && blockIdx.x < p.launch.num_senders;
   const int keys = p.ws.num_ranks * (p.num_slots + 1);
   for (int i = threadIdx.x; i < 3 * keys; i += blockDim.x) s.total[i] = 0;
-  for (int i = threadIdx.x; i < 2 * kMaxGroups * p.ws.num_ranks; i += blockDim.x) s.present[i] = 0;
+  for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) s.done[i] = 0;
   if (threadIdx.x < kNumWords) s.words[threadIdx.x] = 0;
   wait_for_earlier_kernels();
   let_next_kernel_launch();
+  uint32_t touched = 0;
+  if (sender) {
+    // What will be read soon, while the first words of the group come.
+    const int64_t idx_bytes = static_cast<int64_t>(p.num_tokens) * p.top_k * (p.idx64 ? 8 : 4);
+    touched |= touch(p.topk_idx, min(idx_bytes, int64_t{64} << 10), threadIdx.x, blockDim.x);
+    const int tokens_a_block = (p.num_tokens + p.launch.num_senders - 1) / p.launch.num_senders;
+    const int first = blockIdx.x * tokens_a_block;
+    if (tokens_a_block <= 2 && first < p.num_tokens) {
+      const int num = min(tokens_a_block, p.num_tokens - first);
+      const int64_t row = p.x_dtype == kBytes ? p.row_bytes : static_cast<int64_t>(p.hidden) * sizeof(T);
+      touched |= touch(static_cast<const uint8_t*>(p.x) + first * row, num * row, threadIdx.x, blockDim.x);
+      touched |= touch(p.topk_weights + static_cast<int64_t>(first) * p.top_k, static_cast<int64_t>(num) * p.top_k * 4, threadIdx.x,
+                       blockDim.x);
+    }
+  }
   const Op op = begin_op(p.ws);
   for (int i = threadIdx.x; i < p.num_experts; i += blockDim.x) {
     s.expert_slot[i] = static_cast<int32_t>(p.expert_slot[i]);
   }
   for (int i = threadIdx.x; i < p.ws.num_ranks; i += blockDim.x) {
-    s.takes_part[i] = p.mask[i] != 0 && !is_dead(p.ws, i) ? 1 : 0;
+    const int64_t wanted = p.mask[i];
+    s.takes_part[i] = !is_dead(p.ws, i) & (wanted != 0);
+    s.lost[i] = 0;
+    s.num_tokens[i] = 0;
   }
   __syncthreads();
-  const Group g = my_group(p.launch);
-  if ((p.launch.phases & 1) != 0 && blockIdx.x < p.launch.num_senders) {
+  if (sender) {
     if (op.excluded) {
       send_nothing(p);
     } else {
-      send_all<T>(p, s, op, g);
+      send_all<T>(p, s, op, t);
     }
   }
   if ((p.launch.phases & 2) == 0) return;
-  __syncthreads();
-  wait_counts(p, s, op);
-  if (blockIdx.x == 0 && threadIdx.x < 32) write_facts(p, s, op);
-  write_frame(p, s);
-  receive_all<T>(p, s, op, g);
+  if (!t.poster) {
+    wait_counts(p, s, op, t);
+    if (blockIdx.x == 0 && threadIdx.x < 32) write_facts(p, s, op);
+    write_frame(p, s, t);
+    receive_all<T>(p, s, op, t);
+  }
+  if (touched == 0x7fc0ffee && s.words[kFailed] == -1) return;  // never: it keeps the loads
   end_op(p.ws, op, &s.words[kFailed], [&] { zero_lost_sources(p, s); });
 }
 

@@ -37,9 +37,9 @@ __device__ __forceinline__ uint64_t* counts(const Workspace& ws, int owner, int 
   return reinterpret_cast<uint64_t*>(ws.base[owner] + ws.counts_offset) +
          static_cast<uint64_t>(parity * ws.num_ranks + source) * (ws.max_slots + 1);
 }
-__device__ __forceinline__ uint64_t* flag(const Workspace& ws, int owner, int parity, int source, int chunk) {
+__device__ __forceinline__ uint64_t* flag(const Workspace& ws, int owner, int parity, int source, int token) {
   return reinterpret_cast<uint64_t*>(ws.base[owner] + ws.flags_offset) +
-         static_cast<uint64_t>(parity * ws.num_ranks + source) * ws.max_tokens + chunk;
+         static_cast<uint64_t>(parity * ws.num_ranks + source) * ws.max_tokens + token;
 }
 __device__ __forceinline__ uint2* entries(const Workspace& ws, int owner, int parity, int source, int token) {
   return reinterpret_cast<uint2*>(ws.base[owner] + ws.entries_offset) +
@@ -86,7 +86,7 @@ inline __device__ __noinline__ void report(const Workspace& ws, int bits, int pe
 // A word of this op, or false: the peer is out of the mask, or this rank is. The first to run out of time takes the peer
 // out, for every wait that follows, and tells the peer.
 inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint64_t* word, uint32_t epoch, int peer, int phase,
-                                         uint32_t* value) {
+                                                uint32_t* value, const uint32_t* give_up) {
   Control* here = control(ws, ws.rank);
   const uint64_t start = global_timer_ns();
   for (uint32_t spin = 1;; ++spin) {
@@ -102,6 +102,7 @@ inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint6
     }
     if (spin % 64 == 0) {
       if (ld_relaxed_sys(&here->dead[peer]) != 0) return false;
+      if (give_up != nullptr && *static_cast<const volatile uint32_t*>(give_up) != 0) return false;
       if (ld_relaxed_sys(&here->excluded) != 0) {
         report(ws, kExcluded, peer, phase, epoch);
         return false;
@@ -117,17 +118,17 @@ inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint6
   }
 }
 
-// [A] acquires what post_flag or post_words [A] on the peer released.
+// [A] acquires what the peer's poster released. A wait ends early when `give_up` (shared memory) becomes nonzero.
 __device__ __forceinline__ bool wait_word(const Workspace& ws, const uint64_t* word, uint32_t epoch, int peer, int phase,
-                                          uint32_t* value) {
+                                          uint32_t* value, const uint32_t* give_up = nullptr) {
   const uint64_t now = ld_acquire_sys(word);
   *value = static_cast<uint32_t>(now);
   if (static_cast<uint32_t>(now >> 32) == epoch) return true;
   *value = 0;
-  return wait_slowly(ws, word, epoch, peer, phase, value);
+  return wait_slowly(ws, word, epoch, peer, phase, value, give_up);
 }
 
-// Three words that open an op; a call that waits for no rows still waits for these, so that no rank runs two ops ahead.
+// The words that open an op.
 __device__ __forceinline__ void post_header(const Workspace& ws, const Op& op, int peer, int num_tokens, uint32_t hash,
                                             int bits) {
   uint64_t* words = header(ws, peer, op.parity, ws.rank);
@@ -136,49 +137,40 @@ __device__ __forceinline__ void post_header(const Workspace& ws, const Op& op, i
   st_relaxed_sys(&words[2], tagged(op.epoch, bits));
 }
 
-// Waits for a peer's header. False, with `bits` raised, if it did not come or does not fit this call.
-__device__ __forceinline__ bool wait_header(const Workspace& ws, const Op& op, int peer, uint32_t hash, int* num_tokens,
-                                            int* bits) {
-  const uint64_t* words = header(ws, ws.rank, op.parity, peer);
-  uint32_t tokens, theirs, flags;
-  if (!wait_word(ws, &words[0], op.epoch, peer, kPhaseHeader, &tokens) ||
-      !wait_word(ws, &words[1], op.epoch, peer, kPhaseHeader, &theirs) ||
-      !wait_word(ws, &words[2], op.epoch, peer, kPhaseHeader, &flags)) {
-    *bits |= ld_relaxed_sys(&control(ws, ws.rank)->excluded) != 0 ? kExcluded : kTimeout;
-    return false;
-  }
-  *bits |= flags;
-  if (theirs != hash) {
-    *bits |= kDisagree;
-    report(ws, kDisagree, peer, kPhaseHeader, op.epoch);
-    return false;
-  }
-  *num_tokens = tokens;
-  return true;
-}
+// Words of a header, one a thread: T, the hash of the call, status bits.
+constexpr int kHeaderWords = 3;
 
-// Every rank opens every op with a header to every peer, and ends it only when it has theirs: see Workspace.
-template <class Params>
-__device__ __forceinline__ void close_headers(const Params& p, const Op& op, bool good_route, int* bits,
-                                              int* failed) {
-  if (blockIdx.x != 0) return;
-  if (threadIdx.x == 0) *bits = good_route ? 0 : kBadRoute;
-  __syncthreads();
-  for (int peer = threadIdx.x; peer < p.ws.num_ranks; peer += blockDim.x) {
-    int tokens = 0, found = 0;
-    if (op.excluded) {
-      found = kExcluded;
-    } else if (peer != p.ws.rank && !is_dead(p.ws, peer)) {
-      if (!wait_header(p.ws, op, peer, p.call_hash, &tokens, &found)) *failed = 1;
+// Every rank opens every op with a header to every peer, and ends it only when it has theirs: see Workspace. Warp 0 of one
+// block waits for them, a lane a word, and writes the status; `takes_part(rank)` says whose to wait for.
+template <class Params, class TakesPart>
+__device__ __forceinline__ void close_headers(const Params& p, const Op& op, bool good_route, int* failed,
+                                              TakesPart takes_part) {
+  const int lane = threadIdx.x % 32;
+  int bits = good_route ? 0 : kBadRoute;
+  if (op.excluded) {
+    bits |= kExcluded;
+  } else {
+    for (int i = lane; i < p.ws.num_ranks * kHeaderWords; i += 32) {
+      const int peer = i / kHeaderWords, word = i % kHeaderWords;
+      uint32_t value = 0;
+      if (peer == p.ws.rank || !takes_part(peer)) continue;
+      if (!wait_word(p.ws, header(p.ws, p.ws.rank, op.parity, peer) + word, op.epoch, peer, kPhaseHeader, &value)) {
+        *failed = 1;
+        bits |= ld_relaxed_sys(&control(p.ws, p.ws.rank)->excluded) != 0 ? kExcluded : kTimeout;
+      } else if (word == 1 && value != p.call_hash) {
+        bits |= kDisagree;
+        report(p.ws, kDisagree, peer, kPhaseHeader, op.epoch);
+      } else if (word == 2) {
+        bits |= static_cast<int>(value);
+      }
     }
-    if (found != 0) atomicOr(bits, found);
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const int32_t words[8] = {*bits, 0, 0, 0, 0, -1, static_cast<int32_t>(op.epoch & 0x7fffffff), 0};
+  bits = static_cast<int>(__reduce_or_sync(~0u, static_cast<unsigned>(bits)));
+  if (lane == 0) {
+    const int32_t words[8] = {bits, 0, 0, 0, 0, -1, static_cast<int32_t>(op.epoch & 0x7fffffff), 0};
 #pragma unroll
     for (int i = 0; i < 8; ++i) p.status[i] = words[i];
-    if (*bits != 0) report(p.ws, *bits, -1, kPhaseHeader, op.epoch);
+    if (bits != 0) report(p.ws, bits, -1, kPhaseHeader, op.epoch);
   }
 }
 

@@ -10,7 +10,6 @@ constexpr int kMaxRanks = 128;
 constexpr int kMaxTopK = 32;
 constexpr int kDispatchThreads = 1024;
 constexpr int kCombineThreads = 512;  // fewer, with twice the registers: more rows in flight a thread
-constexpr int kMaxGroups = 8;         // groups of warps in a block; each has a named barrier
 constexpr int kPlaceEntries = 2048;   // selections whose places a block keeps in shared memory at a time
 constexpr int kMaxSlots = 4096;       // an entry packs the slot in 12 bits and the position in 20
 constexpr int kMaxTokens = 1 << 20;
@@ -22,7 +21,7 @@ constexpr int kMaxTokens = 1 << 20;
 struct Workspace {
   uint64_t base[kMaxRanks];
   uint64_t counts_offset;   // [2][R][max_slots + 1] tagged
-  uint64_t flags_offset;    // [2][R][max_tokens] tagged, one a chunk of tokens
+  uint64_t flags_offset;    // [2][R][max_tokens] tagged
   uint64_t entries_offset;  // [2][R][max_tokens][max_top_k] 8 bytes
   uint64_t data_offset;     // [2][R - 1][M] records
   uint64_t data_bytes;      // of one copy
@@ -35,15 +34,14 @@ struct Workspace {
   int32_t max_slots;
 };
 
-// How an op is laid over the chip, from M alone. A group of `group_warps` warps handles a chunk of
-// `group_warps / warps_per_token` tokens; the chunk is also what one flag covers, so it is equal on all ranks.
+// How an op is laid over the chip, from M alone. A team of `warps_per_token` warps carries one token at a time; the last warp
+// of a block tells peers (team.cuh). Nothing here need be equal on all ranks.
 struct Launch {
   int32_t num_blocks;
   int32_t num_senders;  // the first blocks send, then help with the rest
   int32_t num_threads;
-  int32_t group_warps;
   int32_t warps_per_token;
-  int32_t dynamic;  // groups take chunks from a counter, as they come free
+  int32_t dynamic;  // warps take tokens from a counter as they come free; only with one warp a token
   int32_t phases;   // 1 send, 2 receive, 3 both
   int32_t pdl;
 };

@@ -5,51 +5,60 @@
 
 namespace epops {
 
-// Waits for the header and counts of every rank. On return `total[source * (L + 1) + slot]` is the number of rows for the slot
-// from sources before, `tally` the rows of a slot, `start` the first row of its group; kBits gathers every rank's bits.
-__device__ __forceinline__ void wait_counts(const DispatchParams& p, const Places& s, const Op& op) {
-  const int stride = p.num_slots + 1, keys = p.ws.num_ranks * stride;
+// Waits for the header and counts of every rank, a word a thread. On return `total[source * (L + 1) + slot]` is the number of
+// rows for the slot from sources before, `tally` the rows of a slot, `start` the first row of its group; kBits gathers every
+// rank's bits. By all warps but the poster.
+__device__ __forceinline__ void wait_counts(const DispatchParams& p, const Places& s, const Op& op, const Team& t) {
+  const int stride = p.num_slots + 1;
   const int wanted = p.num_slots + (p.layout == kRank ? 1 : 0);
-  for (int source = threadIdx.x; source < p.ws.num_ranks; source += blockDim.x) {
-    int tokens = 0, bits = 0;
-    bool came = false;
-    if (op.excluded) {
-      bits = kExcluded;
-    } else if (!is_dead(p.ws, source)) {
-      came = wait_header(p.ws, op, source, p.call_hash, &tokens, &bits);
-      if (!came) s.words[kFailed] = 1;
+  const int words = kHeaderWords + wanted;
+  for (int i = threadIdx.x; i < p.ws.num_ranks * words; i += t.num_threads) {
+    const int source = i / words, word = i % words - kHeaderWords;
+    if (op.excluded || s.takes_part[source] == 0) {
+      s.lost[source] = 1;
+      if (op.excluded) atomicOr(&s.words[kBits], kExcluded);
+      continue;
     }
-    s.num_tokens[source] = came ? min(tokens, p.max_tokens) : -1;
-    if (bits != 0) atomicOr(&s.words[kBits], bits);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < keys; i += blockDim.x) {
-    const int source = i / stride, slot = i % stride;
+    const uint64_t* from = word < 0 ? header(p.ws, p.ws.rank, op.parity, source) + (word + kHeaderWords)
+                                    : counts(p.ws, p.ws.rank, op.parity, source) + word;
     uint32_t value = 0;
-    if (slot < wanted && s.num_tokens[source] >= 0) {
-      if (!wait_word(p.ws, counts(p.ws, p.ws.rank, op.parity, source) + slot, op.epoch, source, kPhaseCounts, &value)) {
-        s.words[kFailed] = 1;
+    // A peer whose call differs may have sent other counts: its hash, seen by another thread, ends this wait.
+    if (!wait_word(p.ws, from, op.epoch, source, word < 0 ? kPhaseHeader : kPhaseCounts, &value, &s.lost[source])) {
+      *const_cast<volatile uint32_t*>(&s.lost[source]) = 1;
+      s.words[kFailed] = 1;
+      if (ld_relaxed_sys(&control(p.ws, p.ws.rank)->excluded) != 0) {
+        atomicOr(&s.words[kBits], kExcluded);
+      } else if (is_dead(p.ws, source)) {
         atomicOr(&s.words[kBits], kTimeout);
-        s.bits[source] = 1;  // `bits` is zero between tiles; here it names sources whose counts are not whole
       }
+    } else if (word >= 0) {
+      s.total[source * stride + word] = min(value, static_cast<uint32_t>(p.max_tokens));
+    } else if (word == -kHeaderWords) {
+      s.num_tokens[source] = static_cast<int>(min(value, static_cast<uint32_t>(p.max_tokens)));
+    } else if (word == -kHeaderWords + 1) {
+      if (value != p.call_hash) {
+        *const_cast<volatile uint32_t*>(&s.lost[source]) = 1;
+        atomicOr(&s.words[kBits], kDisagree);
+        report(p.ws, kDisagree, source, kPhaseHeader, op.epoch);
+      }
+    } else if (value != 0) {
+      atomicOr(&s.words[kBits], static_cast<int>(value));
     }
-    s.total[i] = min(value, static_cast<uint32_t>(p.max_tokens));
   }
-  __syncthreads();
-  for (int slot = threadIdx.x; slot < stride; slot += blockDim.x) {
+  team_sync(t);
+  for (int slot = threadIdx.x; slot < stride; slot += t.num_threads) {
     uint32_t sum = 0;
     for (int source = 0; source < p.ws.num_ranks; ++source) {
-      const uint32_t value = s.bits[source] != 0 ? 0 : s.total[source * stride + slot];
+      const uint32_t value = s.lost[source] != 0 || slot >= wanted ? 0 : s.total[source * stride + slot];
       s.total[source * stride + slot] = sum;
       sum += value;
     }
     s.tally[slot] = sum;
   }
-  __syncthreads();
-  for (int source = threadIdx.x; source < p.ws.num_ranks; source += blockDim.x) {
-    if (s.bits[source] != 0) s.num_tokens[source] = -1;
-    s.bits[source] = 0;
+  for (int source = threadIdx.x; source < p.ws.num_ranks; source += t.num_threads) {
+    if (s.lost[source] != 0) s.num_tokens[source] = -1;
   }
+  team_sync(t);
   if (threadIdx.x < 32) {  // running starts: one warp, 32 slots a step
     const int lane = threadIdx.x;
     int carry = 0, kept = 0;
@@ -76,7 +85,7 @@ __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Place
       s.words[kKept] = kept;
     }
   }
-  __syncthreads();
+  team_sync(t);
 }
 
 // A row's number from its source, slot and position; -2 where it found no room.
@@ -111,15 +120,16 @@ __device__ __forceinline__ void zero_row(const DispatchParams& p, int row) {  //
 }
 
 // Everything that follows from the counts alone, by all blocks together: gaps, the facts of rows that do not exist, counts, ends.
-__device__ __forceinline__ void write_frame(const DispatchParams& p, const Places& s) {
-  const int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+__device__ __forceinline__ void write_frame(const DispatchParams& p, const Places& s, const Team& t) {
+  const int here = t.num_threads;
+  const int thread = blockIdx.x * here + threadIdx.x, threads = gridDim.x * here;
   const int lane = threadIdx.x % 32;
   if (p.layout == kExpert) {
     // Alignment gaps are zero rows: a NaN there would poison weight gradients.
     for (int slot = blockIdx.x; slot < p.num_slots; slot += gridDim.x) {
       const int first = s.start[slot] + s.tally[slot];
       const int last = min(s.start[slot + 1], p.capacity);
-      for (int row = first + threadIdx.x / 32; row < last; row += blockDim.x / 32) {
+      for (int row = first + threadIdx.x / 32; row < last; row += here / 32) {
         zero_row(p, row);
         if (lane == 0) clear_row_facts(p, row);
       }
@@ -135,20 +145,20 @@ __device__ __forceinline__ void write_frame(const DispatchParams& p, const Place
     for (int row = first + thread; row < p.capacity; row += threads) clear_row_facts(p, row);
   }
   if (blockIdx.x == gridDim.x - 1) {  // the last block: it sends nothing where only some do
-    for (int slot = threadIdx.x; slot < p.num_slots; slot += blockDim.x) {
+    for (int slot = threadIdx.x; slot < p.num_slots; slot += here) {
       int rows = s.tally[slot];
       if (p.layout == kExpert) rows = min(rows, max(0, p.capacity - s.start[slot]));
       p.expert_counts[slot] = rows;
       if (p.layout == kExpert) p.expert_ends[slot] = min(s.start[slot + 1], p.capacity);
     }
     if (p.layout == kRank) {
-      for (int source = threadIdx.x; source < p.ws.num_ranks; source += blockDim.x) {
+      for (int source = threadIdx.x; source < p.ws.num_ranks; source += here) {
         const int end = source + 1 < p.ws.num_ranks ? s.total[(source + 1) * (p.num_slots + 1) + p.num_slots]
                                                     : s.tally[p.num_slots];
         p.expert_ends[source] = min(end, p.capacity);
       }
     }
-    for (int rank = threadIdx.x; rank < p.ws.num_ranks; rank += blockDim.x) p.route[32 + rank] = s.takes_part[rank];
+    for (int rank = threadIdx.x; rank < p.ws.num_ranks; rank += here) p.route[32 + rank] = s.takes_part[rank];
   }
 }
 

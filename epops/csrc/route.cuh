@@ -1,11 +1,13 @@
 // A route as combine and the gradients read it; every number in it is checked before it becomes an address.
 #pragma once
 
-#include "params.h"
+#include "exchange.cuh"
 
 namespace epops {
 
+// The host has checked that the tensor is as long as the call says.
 struct Route {
+  const int32_t* mask;       // (R,)
   const int32_t* send_slot;  // (T, K)
   const int32_t* recv_row;   // (R, M, K)
   int max_tokens, top_k, num_rows, num_slots, num_global;
@@ -14,8 +16,10 @@ struct Route {
   template <class Params>
   __device__ __forceinline__ explicit Route(const Params& p) {
     const int32_t* r = p.route;
-    good = r[0] == 0x45504f31 && r[1] == 1 && r[3] == p.num_tokens && r[4] == p.max_tokens && r[5] == p.top_k &&
-           r[6] == p.ws.num_ranks && r[7] == p.num_slots && r[10] == p.ws.rank;
+    // Loaded together: `&` and no `&&`.
+    good = (r[0] == 0x45504f31) & (r[1] == 1) & (r[3] == p.num_tokens) & (r[4] == p.max_tokens) & (r[5] == p.top_k) &
+           (r[6] == p.ws.num_ranks) & (r[7] == p.num_slots) & (r[10] == p.ws.rank);
+    mask = r + 32;
     send_slot = r + 32 + p.ws.num_ranks;
     recv_row = send_slot + static_cast<int64_t>(p.num_tokens) * p.top_k;
     max_tokens = p.max_tokens;
@@ -24,17 +28,21 @@ struct Route {
     num_slots = p.num_slots;
     num_global = p.ws.num_ranks * p.num_slots;
   }
+  // Whether a rank took part in the dispatch, and does not count as lost since.
+  __device__ __forceinline__ bool takes_part(const Workspace& ws, int rank) const {
+    return !good || (mask[rank] != 0) & !is_dead(ws, rank);
+  }
   // Lane k: row of selection k of `token` of `source`: -1 none, -2 dropped.
   __device__ __forceinline__ int row(int source, int token, int k) const {
-    if (!good || k >= top_k) return -1;
+    if (k >= top_k) return -1;
     const int row = recv_row[(static_cast<int64_t>(source) * max_tokens + token) * top_k + k];
-    return row >= -2 && row < num_rows ? row : -1;
+    return good && row >= -2 && row < num_rows ? row : -1;
   }
   // Lane k: rank of selection k of own `token`, -1 none.
   __device__ __forceinline__ int rank(int token, int k) const {
-    if (!good || k >= top_k) return -1;
+    if (k >= top_k) return -1;
     const int slot = send_slot[static_cast<int64_t>(token) * top_k + k];
-    return slot >= 0 && slot < num_global ? slot / num_slots : -1;
+    return good && slot >= 0 && slot < num_global ? slot / num_slots : -1;
   }
 };
 

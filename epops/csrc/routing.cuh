@@ -4,7 +4,7 @@
 // of a kernel or a grid barrier before the first byte moves. Within its tokens, one bit a token and key gives the order.
 #pragma once
 
-#include "exchange.cuh"
+#include "team.cuh"
 
 namespace epops {
 
@@ -20,15 +20,16 @@ struct Places {
   int32_t* expert_slot;  // [E]
   int32_t* slot;      // [kPlaceEntries] of the tokens at hand: global slot or -1
   int32_t* position;  // [kPlaceEntries]
-  uint32_t* present;  // [2][kMaxGroups][R] bit i: token i of the group's chunk has a row for the rank
-  int32_t* words;     // [16] single words: see enum Word
+  uint32_t* lost;     // [R] nonzero: nothing of this source counts
+  int32_t* hashes;    // [R] of each source's call
+  uint32_t* done;     // [kOutbox]
+  int32_t* words;     // single words: see enum Word
 };
-enum Word { kFailed = 0, kBits, kNumBad, kNumRepeated, kKept, kRows, kItem, kNumWords = kItem + 2 * kMaxGroups };
+enum Word { kFailed = 0, kBits, kNumBad, kNumRepeated, kKept, kPosted, kNumWords };
 
 __host__ __device__ inline uint64_t places_words(int num_ranks, int num_slots, int num_experts) {
   const uint64_t keys = static_cast<uint64_t>(num_ranks) * (num_slots + 1);
-  return 3 * keys + 2 * (num_slots + 1) + 2 * num_ranks + num_experts + 2 * kPlaceEntries +
-         2 * kMaxGroups * num_ranks + kNumWords;
+  return 3 * keys + 2 * (num_slots + 1) + 4 * num_ranks + num_experts + 2 * kPlaceEntries + kOutbox + kNumWords;
 }
 
 __device__ __forceinline__ Places carve(uint32_t* shared, int num_ranks, int num_slots, int num_experts) {
@@ -44,8 +45,10 @@ __device__ __forceinline__ Places carve(uint32_t* shared, int num_ranks, int num
   s.expert_slot = s.takes_part + num_ranks;
   s.slot = s.expert_slot + num_experts;
   s.position = s.slot + kPlaceEntries;
-  s.present = reinterpret_cast<uint32_t*>(s.position + kPlaceEntries);
-  s.words = reinterpret_cast<int32_t*>(s.present + 2 * kMaxGroups * num_ranks);
+  s.lost = reinterpret_cast<uint32_t*>(s.position + kPlaceEntries);
+  s.hashes = reinterpret_cast<int32_t*>(s.lost + num_ranks);
+  s.done = reinterpret_cast<uint32_t*>(s.hashes + num_ranks);
+  s.words = reinterpret_cast<int32_t*>(s.done + kOutbox);
   return s;
 }
 
@@ -138,6 +141,18 @@ __device__ __forceinline__ void place_tokens(const DispatchParams& p, const Plac
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   const int tokens_a_warp = 32 / p.top_k;
   int32_t* send_slot = p.route + 32 + p.ws.num_ranks;
+  if (last - first == 1) {  // `before` is its position
+    if (warp == 0) {
+      const Selection found = look_up(p, s, load_expert(p, first, lane, lane < p.top_k));
+      if (lane < p.top_k) {
+        s.slot[lane] = found.slot;
+        s.position[lane] = found.key < 0 ? 0 : s.before[found.key];
+        send_slot[static_cast<int64_t>(first) * p.top_k + lane] = found.slot;
+      }
+    }
+    __syncthreads();
+    return;
+  }
   for (int tile = first; tile < last; tile += 32) {
     const int tile_last = min(tile + 32, last);
     // One step a warp where 32 warps are there; with fewer, the steps of a tile run one after another three times over.
@@ -169,7 +184,7 @@ __device__ __forceinline__ void place_tokens(const DispatchParams& p, const Plac
   }
 }
 
-// Counts and header to peer `peer`, by the whole block: they travel before any row.
+// Counts and header to peer `peer`, by the whole block: they travel before any row, each word for itself.
 __device__ __forceinline__ void post_counts(const DispatchParams& p, const Places& s, const Op& op, int peer) {
   uint64_t* words = counts(p.ws, peer, op.parity, p.ws.rank);
   const int num = p.num_slots + (p.layout == kRank ? 1 : 0);

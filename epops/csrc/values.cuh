@@ -38,6 +38,21 @@ __device__ __forceinline__ uint32_t from_floats<__half>(float a, float b) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
+__device__ __forceinline__ __nv_bfloat162 larger(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2_nan(a, b); }
+__device__ __forceinline__ __half2 larger(__half2 a, __half2 b) { return __hmax2_nan(a, b); }
+__device__ __forceinline__ __nv_bfloat162 magnitude(__nv_bfloat162 a) { return __habs2(a); }
+__device__ __forceinline__ __half2 magnitude(__half2 a) { return __habs2(a); }
+template <class T>
+struct PairOf;
+template <>
+struct PairOf<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+template <>
+struct PairOf<__half> {
+  using type = __half2;
+};
+
 // Eight elements as they lie in memory: one 16-byte word of 2-byte elements, two of float.
 template <class T>
 struct Raw8 {
@@ -45,6 +60,14 @@ struct Raw8 {
   __device__ __forceinline__ void load(const void* p) { w = *reinterpret_cast<const uint4*>(p); }
   __device__ __forceinline__ void load_fresh(const void* p) { w = ld_no_allocate(p); }
   __device__ __forceinline__ void zero() { w = make_uint4(0, 0, 0, 0); }
+  // Largest magnitude, found two at a time in the type of the elements, where it is exact.
+  __device__ __forceinline__ float amax() const {
+    using Pair = typename PairOf<T>::type;
+    const auto pair = [](uint32_t bits) { return magnitude(*reinterpret_cast<const Pair*>(&bits)); };
+    Pair top = larger(larger(pair(w.x), pair(w.y)), larger(pair(w.z), pair(w.w)));
+    const float2 both = to_floats<T>(*reinterpret_cast<uint32_t*>(&top));
+    return max_nan(both.x, both.y);
+  }
   __device__ __forceinline__ void store(void* p) const { st_16(p, w); }
   __device__ __forceinline__ Eight floats() const {
     const float2 a = to_floats<T>(w.x), b = to_floats<T>(w.y), c = to_floats<T>(w.z), d = to_floats<T>(w.w);
@@ -68,6 +91,13 @@ struct Raw8<float> {
     w[1] = ld_no_allocate(static_cast<const uint8_t*>(p) + 16);
   }
   __device__ __forceinline__ void zero() { w[0] = w[1] = make_uint4(0, 0, 0, 0); }
+  __device__ __forceinline__ float amax() const {
+    const Eight all = floats();
+    float top = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) top = max_nan(top, fabsf(all.v[i]));
+    return top;
+  }
   __device__ __forceinline__ void store(void* p) const {
     st_16(p, w[0]);
     st_16(static_cast<uint8_t*>(p) + 16, w[1]);
@@ -115,8 +145,7 @@ __device__ __forceinline__ Scale make_scale(float amax, const Quant& q) {
 __device__ __forceinline__ float quotient(float x, const Scale& s, const Quant& q) {
   float value = __fmul_rn(x, s.inverse);
   if (s.divide) value = __fmaf_rn(__fmaf_rn(-value, s.value, x), s.inverse, value);
-  if (q.clamp) value = max_nan(min_nan(value, q.top), -q.top);
-  return value;
+  return value;  // the cast saturates, which is the clamp
 }
 
 __device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d, int e5m2) {
@@ -141,13 +170,7 @@ struct QuantLane {
       raw[1].zero();
     }
   }
-  __device__ __forceinline__ float amax() const {
-    const Eight a = raw[0].floats(), b = raw[1].floats();
-    float top = 0.f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) top = max_nan(top, max_nan(fabsf(a.v[i]), fabsf(b.v[i])));
-    return top;
-  }
+  __device__ __forceinline__ float amax() const { return max_nan(raw[0].amax(), raw[1].amax()); }
   // All 32 lanes call it; `row_amax` is used where a scale covers the whole row.
   __device__ __forceinline__ uint4 finish(const Quant& q, float row_amax, float* scale) const {
     float top = row_amax;

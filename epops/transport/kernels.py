@@ -28,16 +28,15 @@ class Plan(NamedTuple):
     num_blocks: int
     num_senders: int
     num_threads: int
-    group_warps: int
     warps_per_token: int
     dynamic: int
+    pdl: int = 0
 
     def launch(self, phases: int = 3) -> Any:
         made = _C.Launch()
         for name, value in self._asdict().items():
             setattr(made, name, value)
         made.phases = phases
-        made.pdl = 0
         return made
 
 
@@ -46,8 +45,8 @@ class Tuning:
     """Settings of the launch plans, with measured defaults (benchmarks/results).
 
     ``num_sms``: blocks that send on the throughput path; ``spare_sms``: multiprocessors that no block of ours ever holds, so
-    that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M up to which a token is shared by
-    16 or 8 warps; above, each warp has its own token.
+    that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M up to which all warps of a block, or
+    seven, share a token; above, each warp has its own.
     """
 
     num_sms: int = 32
@@ -55,29 +54,26 @@ class Tuning:
     decode_tokens: int = 160
     middle_tokens: int = 1024
     limit_blocks: int = 0
-    threads: int = 0
+    pdl: int = 0
     extra: dict[str, Plan] = field(default_factory=dict)
 
-    def plan(self, op: str, max_tokens: int, num_ranks: int, num_sms: int) -> Plan:
+    def plan(self, op: str, max_tokens: int, num_ranks: int, num_sms: int, hidden: int = 7168) -> Plan:
         if op in self.extra:
             return self.extra[op]
-        threads = self.threads or (1024 if op == "dispatch" else 512)
+        threads = 1024 if op == "dispatch" else 512
         blocks = max(1, num_sms - self.spare_sms)
-        pairs = max_tokens * (num_ranks if op == "dispatch" else max(1, num_ranks - 1))
+        if self.limit_blocks:
+            blocks = min(blocks, self.limit_blocks)
+        pieces = max(1, -(-hidden // 512))  # a warp's step is 512 elements of a row
         if op == "combine_backward":
-            blocks = self._limit(min(blocks, -(-pairs // 8)))
-            return Plan(blocks, min(blocks, max(self.num_sms, blocks // 2)), threads, 8, 1, 1)
+            return Plan(blocks, max(1, min(self.num_sms, blocks)), threads, 1, 1, self.pdl)
         if max_tokens <= self.decode_tokens:
-            blocks = self._limit(min(blocks, pairs))
-            return Plan(blocks, blocks, threads, min(16, threads // 32), min(16, threads // 32), 0)
+            if op == "combine":
+                blocks = max(1, min(blocks, max_tokens * max(1, num_ranks - 1)))
+            return Plan(blocks, blocks, threads, min(15, pieces), 0, self.pdl)
         if max_tokens <= self.middle_tokens:
-            blocks = self._limit(min(blocks, -(-pairs * 8 * 32 // threads)))
-            return Plan(blocks, blocks, threads, 8, 8, 0)
-        blocks = self._limit(blocks)
-        return Plan(blocks, min(self.num_sms, blocks), threads, 8, 1, 1)
-
-    def _limit(self, blocks: int) -> int:
-        return max(1, min(blocks, self.limit_blocks)) if self.limit_blocks else max(1, blocks)
+            return Plan(blocks, blocks, threads, min(7, pieces), 0, self.pdl)
+        return Plan(blocks, min(self.num_sms, blocks), threads, 1, 1, self.pdl)
 
 
 class Sizes(NamedTuple):
@@ -219,8 +215,7 @@ def dispatch(
     p.row_source, p.expert_counts, p.expert_ends = address(row_source), address(expert_counts), address(expert_ends)
     p.route, p.status = address(route), address(status)
     p.call_hash = call_hash(
-        "dispatch", max_tokens, top_k, p.record_bytes, p.row_bytes, num_slots, num_experts, p.layout, plan.group_warps,
-        plan.warps_per_token, lane, alignment, capacity
+        "dispatch", max_tokens, top_k, p.record_bytes, p.row_bytes, num_slots, num_experts, p.layout, lane, alignment, capacity
     )  # fmt: skip
     _C.launch_dispatch(p, stream_of(x))
     return Dispatched(rows, scales, row_weights, row_expert, row_source, expert_counts, expert_ends, route, status)
@@ -230,6 +225,16 @@ def _empty_scales(lead: tuple[int, ...], num: int, dtype: torch.dtype, layout: s
     if layout == "column":
         return torch.empty((*lead[:-1], num, lead[-1]), dtype=dtype, device=device).transpose(-1, -2)
     return torch.empty((*lead, num), dtype=dtype, device=device)
+
+
+def _check_route(op: str, route: torch.Tensor, num_tokens: int, max_tokens: int, num_ranks: int, top_k: int) -> None:
+    """The kernels check what a route says; how long it is, only the host knows."""
+    expected = words.route_size(num_tokens, max_tokens, num_ranks, top_k)
+    if route.numel() != expected or route.dtype != torch.int32 or not route.is_contiguous():
+        raise ValueError(
+            f"epops.{op}: route: expected {expected} contiguous int32 words for {num_tokens} tokens, top_k {top_k}, max_tokens "
+            f"{max_tokens} and {num_ranks} ranks, got {route.numel()} of {route.dtype}; pass the route of the dispatch"
+        )
 
 
 def combine(
@@ -258,6 +263,7 @@ def combine(
     Returns out (T, H), grad_topk_weights (T, K) or empty, status.
     """
     hidden, device = y.shape[-1], y.device
+    _check_route("combine", route, num_tokens, max_tokens, ws.num_ranks, top_k)
     p = _C.CombineParams()
     p.ws, p.launch = ws, plan.launch()
     p.out_scale, p.addend_scale = out_scale, addend_scale
@@ -274,8 +280,7 @@ def combine(
     p.grad_row_weights, p.grad_topk_weights = address(grad_row_weights), address(grad_weights)
     p.out, p.status = address(out), address(status)
     p.call_hash = call_hash(
-        op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, plan.group_warps,
-        plan.warps_per_token, lane
+        op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane
     )  # fmt: skip
     _C.launch_combine(p, stream_of(y))
     return out, grad_weights, status
@@ -299,6 +304,7 @@ def combine_backward(
     lane: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the gradient of combine: grad_y like y, grad_row_weights like row_weights (or empty), status."""
+    _check_route("combine_backward", route, grad_out.shape[0], max_tokens, ws.num_ranks, top_k)
     p = _C.ScatterParams()
     p.ws, p.launch = ws, plan.launch()
     p.out_scale, p.grad_scale = out_scale, grad_scale

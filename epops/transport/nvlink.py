@@ -150,7 +150,7 @@ class NvlinkTransport:
         self.tuning = kernels.Tuning()
         self.num_sms = torch.cuda.get_device_properties(group.device).multi_processor_count
         self._memories: dict[int, list[PeerMemory]] = {}
-        self._plans: dict[tuple[str, int], kernels.Plan] = {}
+        self._plans: dict[tuple[str, int, int], kernels.Plan] = {}
         self._nccl = group._communicator("nccl", "rows")
 
     def __repr__(self) -> str:
@@ -177,11 +177,11 @@ class NvlinkTransport:
         found.append(made)
         return made
 
-    def plan(self, op: str, max_tokens: int) -> kernels.Plan:
-        key = (op, max_tokens)
+    def plan(self, op: str, max_tokens: int, hidden: int) -> kernels.Plan:
+        key = (op, max_tokens, hidden)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self.tuning.plan(op, max_tokens, self.size, self.num_sms)
+            plan = self._plans[key] = self.tuning.plan(op, max_tokens, self.size, self.num_sms, hidden)
         return plan
 
     def tune(self, **settings: Any) -> None:
@@ -242,7 +242,7 @@ class NvlinkTransport:
         expert_slot, mask = owner.maps(num_experts, num_slots, x.device)
         result = kernels.dispatch(
             memory.workspace,
-            self.plan("dispatch", max_tokens),
+            self.plan("dispatch", max_tokens, hidden),
             expert_slot,
             mask,
             x.contiguous(),
@@ -310,7 +310,7 @@ class NvlinkTransport:
         memory = self.memory(owner, a["lane"], sizes)
         return kernels.combine(
             memory.workspace,
-            self.plan("combine", a["max_tokens"]),
+            self.plan("combine", a["max_tokens"], y.shape[-1]),
             y.contiguous(),
             route,
             None if row_weights is None else row_weights.contiguous(),
@@ -350,7 +350,7 @@ class NvlinkTransport:
         memory = self.memory(owner, a["lane"], kernels.Sizes(a["max_tokens"], a["top_k"], a["num_slots"], row_bytes))
         return kernels.combine_backward(
             memory.workspace,
-            self.plan("combine_backward", a["max_tokens"]),
+            self.plan("combine_backward", a["max_tokens"], y.shape[-1]),
             grad_out.contiguous(),
             y.contiguous(),
             route,

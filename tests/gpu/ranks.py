@@ -102,8 +102,8 @@ class Ranks:
         self.streams = [own_stream() for _ in range(num_ranks)]
         torch.cuda.synchronize()
 
-    def plan(self, op: str, max_tokens: int) -> kernels.Plan:
-        return self.tuning.plan(op, max_tokens, self.num_ranks, self.num_sms)
+    def plan(self, op: str, max_tokens: int, hidden: int = 7168) -> kernels.Plan:
+        return self.tuning.plan(op, max_tokens, self.num_ranks, self.num_sms, hidden)
 
     def run(self, call: Any) -> list[Any]:
         """``call(rank)`` on each rank's stream, all at once; waits for all."""

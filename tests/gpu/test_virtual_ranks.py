@@ -59,7 +59,7 @@ def run_pair(ranks, shape, seed, *, quant=None, dtype=None, addend=True, weighte
     expert_slot = slots_of(shape).to(device)
     alive = (torch.ones(shape.num_ranks, dtype=torch.int64) if mask is None else mask).to(device)
     settings = dict(num_experts=shape.num_experts, num_slots=shape.num_slots, max_tokens=shape.max_tokens, layout=shape.layout)
-    plan = ranks.plan("dispatch", shape.max_tokens)
+    plan = ranks.plan("dispatch", shape.max_tokens, shape.hidden)
 
     def send(rank):
         return kernels.dispatch(
@@ -83,7 +83,7 @@ def run_pair(ranks, shape, seed, *, quant=None, dtype=None, addend=True, weighte
     y_gpu = [y.to(device) for y in ys]
     w_gpu = [None if w is None else w.to(device) for w in weights]
     a_gpu = [None if a is None else a.to(device) for a in addends]
-    plan = ranks.plan("combine", shape.max_tokens)
+    plan = ranks.plan("combine", shape.max_tokens, shape.hidden)
 
     def back(rank):
         return kernels.combine(

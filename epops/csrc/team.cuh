@@ -1,0 +1,111 @@
+// Warps of a block: teams that carry tokens, and one warp, the poster, that tells peers what has arrived.
+//
+// Telling means a fence that waits until the peer's memory has everything, a microsecond or more. Only the poster waits:
+// teams go on, and one fence serves all tokens that were finished meanwhile.
+#pragma once
+
+#include "exchange.cuh"
+
+namespace epops {
+
+constexpr int kOutbox = 256;  // items of a block between the first not told and the last started
+
+struct Team {
+  int id;         // -1: this warp is in none
+  int part, parts;  // this warp's part of every row
+  int num_teams;
+  int num_threads;  // of all warps but the poster
+  bool poster;
+};
+
+__device__ __forceinline__ Team my_team(const Launch& launch) {
+  const int warp = threadIdx.x / 32, data_warps = blockDim.x / 32 - 1;
+  Team t;
+  t.parts = launch.warps_per_token;
+  t.num_teams = data_warps / t.parts;
+  t.id = warp < t.num_teams * t.parts ? warp / t.parts : -1;
+  t.part = warp % t.parts;
+  t.num_threads = data_warps * 32;
+  t.poster = warp == data_warps;
+  return t;
+}
+
+// A barrier of all warps but the poster.
+__device__ __forceinline__ void team_sync(const Team& t) { barrier_sync(1, t.num_threads); }
+
+// Items of a sending block, in order: `done` counts the warps that finished each.
+struct Outbox {
+  uint32_t* done;   // shared, [kOutbox], zero
+  int32_t* posted;  // shared: items told, zero
+
+  __device__ __forceinline__ void begin(int item) const {
+    while (item - *const_cast<volatile int32_t*>(posted) >= kOutbox) __nanosleep(100);
+  }
+  // [D] releases this warp's stores to the poster.
+  __device__ __forceinline__ void finish(int item) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      __threadfence_block();
+      atomicAdd(&done[item % kOutbox], 1u);
+    }
+  }
+  // The poster's loop: `tell(first, count)` after a fence that covers items [first, first + count).
+  template <class Tell>
+  __device__ __forceinline__ void post(int num_items, int parts, Tell tell) const {
+    const int lane = threadIdx.x % 32;
+    for (int next = 0; next < num_items;) {
+      const int item = next + lane;
+      const bool ready =
+          item < num_items && *const_cast<volatile uint32_t*>(&done[item % kOutbox]) == static_cast<uint32_t>(parts);
+      const uint32_t missing = ~__ballot_sync(~0u, ready);
+      const int count = missing == 0 ? 32 : __ffs(missing) - 1;
+      if (count == 0) continue;
+      __threadfence_block();  // [D] acquires
+      fence_acq_rel_sys();
+      tell(next, count);
+      if (lane < count) done[item % kOutbox] = 0;
+      __syncwarp();
+      next += count;
+      if (lane == 0) {
+        __threadfence_block();
+        *const_cast<volatile int32_t*>(posted) = next;
+      }
+    }
+  }
+};
+
+// Items of an op to teams: by turns, or, where a team is one warp, from a counter as warps come free.
+struct Turns {
+  uint32_t* work;
+  int next, step, dynamic;
+
+  __device__ __forceinline__ Turns(const Launch& launch, const Team& t, uint32_t* work)
+      : work(work), dynamic(launch.dynamic) {
+    next = blockIdx.x + t.id * gridDim.x;
+    step = gridDim.x * t.num_teams;
+  }
+  __device__ __forceinline__ int take() {
+    if (dynamic) {
+      uint32_t item = 0;
+      if (threadIdx.x % 32 == 0) item = atomicAdd(work, 1u);
+      return static_cast<int>(__shfl_sync(~0u, item, 0));
+    }
+    const int mine = next;
+    next += step;
+    return mine;
+  }
+};
+
+// Brings the lines of [from, from + bytes) into the L1, each thread its share, without waiting for them. The result means
+// nothing, but has to be used somewhere, late, for the loads to be kept.
+__device__ __forceinline__ uint32_t touch(const void* from, int64_t bytes, int thread, int threads) {
+  uint32_t sum = 0;
+  for (int64_t at = static_cast<int64_t>(thread) * 128; at < bytes; at += static_cast<int64_t>(threads) * 128) {
+    uint32_t value;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(static_cast<const uint8_t*>(from) + at));
+    sum |= value;
+  }
+  return sum;
+}
+
+}  // namespace epops
