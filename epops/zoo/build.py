@@ -112,6 +112,17 @@ def tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(family)._from_config(configuration(family, config, **overrides), dtype=dtype)
+    _keep_in_float32(model, dtype)
     if config == "tiny":
         randomize(model, seed)
     return model.eval()
+
+
+def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    """As from_pretrained does: the tensors that a family names stay in float32 whatever the dtype of the rest."""
+    kept = model._keep_in_fp32_modules_strict
+    if dtype not in (torch.float16, torch.bfloat16) or not kept:
+        return
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and any(re.search(rf"((^|\.){part}($|\.))", name) for part in kept):
+            tensor.data = tensor.data.float()
