@@ -130,3 +130,21 @@ def symmetric_addresses(tensor: torch.Tensor, process_group: Any) -> tuple[Any, 
 
     handle = _SymmetricMemory.rendezvous(tensor, process_group.group_name)
     return handle, [int(pointer) for pointer in handle.buffer_ptrs]
+
+
+def fsdp_parameters(model: torch.nn.Module) -> set[tuple[int, str]]:
+    """(id of the module, name) of every parameter that ``fully_shard`` manages below ``model``."""
+    if not torch.distributed.is_available():
+        return set()
+    from torch.distributed.fsdp import FSDPModule
+
+    found = set()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+            for group in groups:
+                for parameter in group.fsdp_params if group is not None else ():
+                    info = parameter._module_info
+                    found.add((id(info.module), info.param_name))
+    return found

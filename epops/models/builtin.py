@@ -15,6 +15,8 @@ from .families.nllb_moe import NllbMoe
 from .families.step3p7 import Step3p7
 from .families.switch_transformers import SwitchTransformers
 from .plain.blocks import ModuleLoop, StackedLoop
+from .plain.direct import DirectExperts
+from .plain.torchtitan import Torchtitan
 
 
 class ExpertsInterface(Adapter):
@@ -38,6 +40,8 @@ ADAPTERS: tuple[Adapter, ...] = (
     NllbMoe(),
     Step3p7(),
     SwitchTransformers(),
+    Torchtitan(),
+    DirectExperts(),
     ModuleLoop(),
     StackedLoop(),
 )

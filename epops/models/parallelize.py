@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import layout
 from ..group import get_group
+from ..torch_private import fsdp_parameters
 from . import builtin, state_dict
 from .adapter import Adapter, NotUnderstoodError, Plan, refuse, registered
 from .generate import synchronize_generate
 from .gradients import remember
-from .shard import shard_in_place
-from .site import ATTRIBUTE, Site, serving, sites
+from .shard import owner, shard_in_place
+from .site import ATTRIBUTE, Site, serving, site_of, sites
 from .survey import found
 
 GRAD_REDUCE = ("mean", "sum")
+CHECKED = "_epops_fsdp_checked"
 
 
 def parallelize(model: nn.Module, group: Any, *, grad_reduce: str = "mean") -> nn.Module:
@@ -47,6 +50,7 @@ def parallelize(model: nn.Module, group: Any, *, grad_reduce: str = "mean") -> n
         raise ValueError(f"epops.parallelize: model: {next(iter(already))!r} is sharded already; call it once a model")
     plans = _plan(model)
     _shard(model, plans, group, grad_reduce)
+    model.register_forward_pre_hook(_refuse_fsdp_over_experts)
     synchronize_generate(model, group)
     return model
 
@@ -96,3 +100,22 @@ def _shard(model: nn.Module, plans: dict[str, Plan], group: Any, grad_reduce: st
         plan.install(module)
         state_dict.install(module, group)
         remember(module)
+
+
+def _refuse_fsdp_over_experts(model: nn.Module, _: Any) -> None:
+    """Before a forward outside of a graph: FSDP would gather the experts of different ranks into one tensor."""
+    if torch.compiler.is_compiling() or model.__dict__.get(CHECKED) is model.__class__:
+        return
+    managed = fsdp_parameters(model)
+    for name, module in sites(model).items():
+        site = site_of(module)
+        assert site is not None
+        for path in site.shards:
+            holder, parameter = owner(module, path)
+            if (id(holder), parameter) in managed:
+                raise ValueError(
+                    f"epops: {name}.{path}: expected experts that FSDP leaves alone, got them sharded by fully_shard; pass "
+                    "ignored_params=set(epops.expert_parameters(model)) to every fully_shard"
+                )
+    # fully_shard gives the module another class, after which this is looked at once more.
+    model.__dict__[CHECKED] = model.__class__

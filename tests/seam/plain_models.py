@@ -88,6 +88,86 @@ class StackedInterleaved(nn.Module):
         return y.view(x.shape)
 
 
+class Experts(nn.Module):
+    """Experts stacked in 3-D parameters behind (x, weights, indices), computed for all experts at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(E, I, H) * H**-0.5)
+        self.down = nn.Parameter(torch.randn(E, H, I) * I**-0.5)
+
+    def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        every = torch.einsum("eth,edh->ted", torch.relu(torch.einsum("th,eih->eti", x, self.up)).square(), self.down)
+        chosen = every.gather(1, indices[:, :, None].expand(-1, -1, x.shape[-1]))
+        return (chosen * weights[:, :, None]).sum(1)
+
+
+class Direct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E)
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, H)
+        weights, indices = self.gate(flat).softmax(-1).topk(K, -1)
+        return self.experts(flat, weights=weights, indices=indices).view_as(x)
+
+
+class TitanRouter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+
+    def forward(self, x: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        scores = torch.sigmoid(self.gate(x).float())
+        selected = torch.topk(scores + expert_bias, K, dim=1).indices
+        counts = torch.histc(selected.view(-1).float(), bins=E, min=0, max=E)
+        return scores.gather(1, selected), selected, counts
+
+
+class TitanExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(E, I, H) * H**-0.5)
+        self.w2 = nn.Parameter(torch.randn(E, H, I) * I**-0.5)
+        self.w3 = nn.Parameter(torch.randn(E, I, H) * H**-0.5)
+        self.use_grouped_mm = False
+
+    def forward(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        parts = x.split([int(n) for n in num_tokens_per_expert])
+        done = [(F.silu(p @ self.w1[e].T) * (p @ self.w3[e].T)) @ self.w2[e].T for e, p in enumerate(parts)]
+        return torch.cat(done)
+
+
+class Titan(nn.Module):
+    """In the manner of torchtitan: rows sorted by expert, scored before or after."""
+
+    score_before_experts = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts, self.shared_experts = TitanRouter(), TitanExperts(), MLP()
+        self.register_buffer("expert_bias", torch.linspace(-0.1, 0.1, E))
+        self.register_buffer("tokens_per_expert", torch.zeros(E), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, H)
+        scores, selected, counts = self.router(flat, self.expert_bias)
+        with torch.no_grad():
+            self.tokens_per_expert.add_(counts)
+        order = torch.argsort(selected.view(-1), stable=True)
+        scored, token = scores.view(-1)[order, None], order // K
+        rows = flat[token]
+        rows = self.experts(rows * scored if self.score_before_experts else rows, counts)
+        rows = rows if self.score_before_experts else rows * scored
+        return self.shared_experts(flat).index_add(0, token, rows).view_as(x)
+
+
+class TitanAfter(Titan):
+    score_before_experts = False
+
+
 class Capacity(nn.Module):
     """Drops tokens inside its loop: not a plain sum over experts, and to be refused."""
 

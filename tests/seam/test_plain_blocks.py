@@ -17,7 +17,8 @@ from ..ranks import run_ranks
 from . import plain_models as plain
 from .compare import close
 
-UNDERSTOOD = [plain.OneHotLoop, plain.EnumerateLoop, plain.StackedInterleaved]
+LOOPS = [plain.OneHotLoop, plain.EnumerateLoop, plain.StackedInterleaved]
+UNDERSTOOD = [*LOOPS, plain.Direct, plain.Titan, plain.TitanAfter]
 
 
 def _model(kind: type[nn.Module]) -> nn.Module:
@@ -61,7 +62,7 @@ def test_output_and_gradients(kind: type[nn.Module]) -> None:
 
 
 def test_loops_that_break_the_one_process_graph_capture_in_one() -> None:
-    for kind in UNDERSTOOD:
+    for kind in [*LOOPS, plain.Titan]:
         run_ranks(_check, 2, kind, "aot_eager")
 
 
