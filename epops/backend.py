@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import passes
-from .group import ExpertGroup, get_group
+from .group import ExpertGroup, get_group, process_groups
 from .torch_private import eager_backward_compile, private_store
 
 COMPILE_WAIT = 1800.0
@@ -39,6 +39,7 @@ def epops_backend(
     share = settings.pop("share_compile", True)
     earlier = settings.get("post_grad_custom_pre_pass", config.post_grad_custom_pre_pass)
     settings["post_grad_custom_pre_pass"] = passes.PassRunner(chosen, earlier)
+    passes.process_groups.known = process_groups
     groups = _groups(model)
 
     def compiled() -> Any:

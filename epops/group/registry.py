@@ -50,6 +50,15 @@ def open_groups() -> list[ExpertGroup]:
         return [_groups[name] for name in sorted(_groups)]
 
 
+def process_groups() -> dict[str, tuple[str, int]]:
+    """Name of a torch process group → name and size of the open epops group over it; of several, the first by name."""
+    found: dict[str, tuple[str, int]] = {}
+    for group in open_groups():
+        if group.process_group is not None:
+            found.setdefault(group.process_group.group_name, (group.name, group.size))
+    return found
+
+
 def check_all() -> None:
     """`ExpertGroup.check` of every open group."""
     for group in open_groups():

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule
 
+from ..group import process_groups
+from ..passes import process_groups as torch_groups
 from ..passes.decline_log import Declined, listen
 from ..passes.ordering import pin
 from ..torch_private import graphs_backend
@@ -48,6 +50,7 @@ def capture(
     def seen(module: GraphModule, kind: str) -> None:
         graphs.append(apply_passes(module, chosen, kind))
 
+    torch_groups.known = process_groups
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=graphs_backend(seen, run=run), dynamic=dynamic)
     return graphs, compiled(*args, **kwargs)

@@ -18,15 +18,17 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
+from . import process_groups
 from .fuse_add import fuse_add
 from .fuse_quant import fuse_quant
+from .fuse_transpose import fuse_transpose
 from .keep_order import keep_order
 from .ordering import pin
 from .overlap import overlap
 
 Pass = Callable[[Graph], int]
 
-PASSES: tuple[Pass, ...] = (keep_order, fuse_quant, fuse_add, overlap)
+PASSES: tuple[Pass, ...] = (keep_order, fuse_transpose, fuse_quant, fuse_add, overlap)
 """All passes, in the order in which they run; `keep_order` is always on, and runs again at the end, over what the others made."""
 
 
@@ -83,7 +85,7 @@ class PassRunner(CustomGraphPass):
             before = self.earlier.uuid() if hasattr(self.earlier, "uuid") else None
             if before is None:
                 return None
-        return (_sources(self.passes), before)
+        return (_sources(self.passes), before, tuple(sorted(process_groups.known().items())))
 
 
 def run_passes(graph: Graph, passes: tuple[Pass, ...]) -> dict[str, int]:

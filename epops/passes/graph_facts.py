@@ -217,7 +217,7 @@ def writes(node: Node) -> bool:
 
 
 def is_exchange(node: Any) -> bool:
-    """Whether a node talks to other ranks: an epops exchange, a collective of torch.distributed, or one behind a pinned order."""
+    """Whether a node talks to other ranks: an epops exchange, a collective of torch.distributed, or one with a pinned order."""
     name = op_name(node)
     if name is not None:
         return name in EXCHANGES

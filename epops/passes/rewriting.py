@@ -21,14 +21,14 @@ def call(graph: Graph, target: Any, args: Sequence[Any], kwargs: dict[str, Any] 
     for note in PASSED_ON:
         if note in like.meta:
             node.meta[note] = like.meta[note]
-    record_value(node)
+    record_value(node, like)
     return node
 
 
-def record_value(node: Node) -> None:
-    """Run a node on the fake values of its arguments and keep the result in its meta."""
+def record_value(node: Node, like: Node) -> None:
+    """Run a node on the fake values of its arguments, among the fakes that ``like`` is of, and keep the result in its meta."""
     args, kwargs = map_arg((node.args, node.kwargs), value)
-    mode = torch._guards.detect_fake_mode((args, kwargs))
+    mode = torch._guards.detect_fake_mode((args, kwargs, like.meta.get("val")))
     if mode is None:
         node.meta["val"] = node.target(*args, **kwargs)
         return
