@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .adapter import Adapter, NotUnderstoodError, Plan, register_adapter
-from .gradients import clip_grad_norm_, expert_parameters
+from .gradients import average_gradients, clip_grad_norm_, expert_parameters
 from .join import join
 from .parallelize import parallelize
 from .site import Shard
@@ -13,6 +13,7 @@ __all__ = [
     "NotUnderstoodError",
     "Plan",
     "Shard",
+    "average_gradients",
     "clip_grad_norm_",
     "expert_parameters",
     "join",

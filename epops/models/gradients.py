@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..group import get_group
+from .join import AVERAGE, CLIP, announce
 from .site import site_of, sites
 
 _sharded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -50,6 +51,7 @@ def clip_grad_norm_(
     all ranks (averaged) or be DTensors. Collective: every rank of the group calls it.
     """
     group = get_group(group) if isinstance(group, str) else group
+    announce(group, CLIP, max_norm)
     if isinstance(parameters, nn.Module):
         parameters = parameters.parameters()
     every = [p for p in ([parameters] if isinstance(parameters, Tensor) else list(parameters)) if p.grad is not None]
@@ -67,6 +69,29 @@ def clip_grad_norm_(
             assert p.grad is not None
             p.grad.mul_(scale.to(p.grad.device))
     return total
+
+
+def average_gradients(model: nn.Module, group: Any) -> None:
+    """Average over the group's ranks the gradients of everything that is not an expert, in place; collective.
+
+    A parameter without a gradient on this rank counts as zero, as another rank may have one.
+    """
+    group = get_group(group) if isinstance(group, str) else group
+    announce(group, AVERAGE)
+    if group.size == 1:
+        return
+    own = {id(p) for p in expert_parameters(model)}
+    shared: dict[torch.dtype, list[nn.Parameter]] = {}
+    for p in model.parameters():
+        if id(p) not in own and p.requires_grad:
+            shared.setdefault(p.dtype, []).append(p)
+    for parameters in shared.values():
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat, group=group.process_group)
+        flat /= group.size
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = part.view_as(p).clone() if p.grad is None else p.grad.copy_(part.view_as(p))
 
 
 def _power(grads: list[Any], norm_type: float, device: torch.device) -> Tensor:

@@ -63,7 +63,7 @@ def test_output_and_gradients(kind: type[nn.Module]) -> None:
 
 def test_loops_that_break_the_one_process_graph_capture_in_one() -> None:
     for kind in [*LOOPS, plain.Titan]:
-        run_ranks(_check, 2, kind, "aot_eager")
+        run_ranks(_check, 2, kind, "aot_eager", timeout=500.0)
 
 
 def _alone(model: nn.Module) -> None:
