@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def write_route(
 ) -> torch.Tensor:
     """One int32 tensor of `words.route_size` words."""
     ep_size, max_tokens, top_k = recv_row.shape
-    facts = [
+    facts = (
         words.ROUTE_MAGIC,
         words.ROUTE_VERSION,
         words.LAYOUTS.index(layout),
@@ -85,12 +86,18 @@ def write_route(
         0,
         lane,
         num_experts,
-    ]
-    header = torch.tensor(facts + [0] * (words.ROUTE_HEADER - len(facts)), dtype=torch.int32, device=mask.device)
+    )
+    header = _header(facts, mask.device).clone()
     header[12] = num_rows
     header[15] = num_dropped
     parts = [header, mask.reshape(-1), send_slot.reshape(-1), recv_row.reshape(-1)]
     return torch.cat([part.to(torch.int32) for part in parts])
+
+
+@functools.lru_cache(maxsize=256)
+def _header(facts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Made once: a CUDA graph cannot hold the copy of a list to the device."""
+    return torch.tensor([*facts, *[0] * (words.ROUTE_HEADER - len(facts))], dtype=torch.int32, device=device)
 
 
 def read_route(route: torch.Tensor, *, num_tokens: int, max_tokens: int, ep_size: int, top_k: int) -> Route:
