@@ -158,3 +158,11 @@ def fsdp_parameters(model: torch.nn.Module) -> set[tuple[int, str]]:
                     info = parameter._module_info
                     found.add((id(info.module), info.param_name))
     return found
+
+
+def fake_world(size: int) -> None:
+    """Make the default process group one of ``size`` ranks that are not there: graphs are captured over it, nothing is sent."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
