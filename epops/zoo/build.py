@@ -14,7 +14,7 @@ CLASS_ENDINGS = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassificat
 """In order of preference: the text part of a multimodal family where it stands alone, since its experts are there."""
 
 
-def model_class(family: str) -> type:
+def model_class(family: str) -> Any:
     """The class that a tiny instance of the family has."""
     module = scan.modeling(family)
     named = FAMILIES.get(family, {}).get("class")

@@ -108,11 +108,11 @@ class Pool:
             except OSError:
                 self._fail(f"rank {rank} had ended before the call", "")
         results: list[Any] = [None] * self.ranks
-        waiting = dict(zip(self._connections, range(self.ranks)))
+        waiting: dict[Any, int] = dict(zip(self._connections, range(self.ranks)))
         deadline = time.monotonic() + timeout
         errors: dict[int, tuple[str, str]] = {}
         while waiting:
-            ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            ready: list[Any] = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
             for connection in ready:
