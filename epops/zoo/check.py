@@ -209,7 +209,7 @@ def generate(family: str, *, compiler: str = "eager", max_new_tokens: int = 6, *
     c = case(family, **overrides)
     with torch.no_grad():
         prompt = c.batch(c.rank)["input_ids"][:1]
-        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
         settings |= GENERATE.get(family, {})
         cache = _cache(c.ref, prompt, settings)
         settings["cache_implementation"] = cache
