@@ -8,6 +8,7 @@ from . import interface
 from .adapter import Adapter, Plan
 from .families.dbrx import Dbrx
 from .families.doge import Doge
+from .families.ernie4_5_vl_moe import Ernie4_5VLMoe
 from .families.jetmoe import JetMoeAttention, JetMoeMLP
 from .families.llama4 import Llama4
 from .families.longcat_flash import LongcatFlash
@@ -30,6 +31,7 @@ class ExpertsInterface(Adapter):
 
 
 ADAPTERS: tuple[Adapter, ...] = (
+    Ernie4_5VLMoe(),
     ExpertsInterface(),
     Dbrx(),
     Doge(),

@@ -66,7 +66,7 @@ def _plan(model: nn.Module) -> dict[str, Plan]:
             "(merge_and_unload), or put the adapters on modules outside the experts"
         )
     for name, module in model.named_modules():
-        if any(name.startswith(f"{done}.") or name == done for done in plans):
+        if any(_covers(done, name) for done in plans):
             continue
         adapter = _first_match(adapters, module)
         if adapter is not None:

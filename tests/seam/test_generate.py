@@ -84,3 +84,38 @@ def _check_end_token(rank: int, size: int) -> None:
 
 def test_an_end_token_on_one_rank_and_beam_search() -> None:
     run_ranks(_check_end_token, 2)
+
+
+def _check_compiled(rank: int, size: int, family: str, count_passes: bool) -> None:
+    from transformers import CompileConfig
+
+    from epops import passes
+
+    whole = zoo.tiny(family)
+    arguments = _arguments(whole, rank, "static")
+    expected = whole.generate(**arguments)
+    config = CompileConfig(backend="epops", fullgraph=True, mode=None)
+    with epops.ExpertGroup(None, max_tokens=64, timeout=400.0) as group:
+        model = epops.parallelize(copy.deepcopy(whole), group)
+        passes.reports.clear()
+        # A graph that comes out of the compile cache has been through the passes before; here they are to be seen.
+        with torch._inductor.config.patch(force_disable_caches=count_passes):
+            assert torch.equal(model.generate(**arguments, compile_config=config), expected)
+        if count_passes:
+            assert len(passes.reports) == 1, "one graph for all decode steps, those of an idle rank too"
+            assert passes.reports[0].rewrites["keep_order"] > 0
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert torch.equal(model.generate(**arguments, compile_config=config), expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+        assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_generate_runs_the_epops_backend() -> None:
+    run_ranks(_check_compiled, 2, "mixtral", True, timeout=550.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FIVE[1:])
+def test_compiled_generate(family: str) -> None:
+    run_ranks(_check_compiled, 2, family, False, timeout=550.0)
