@@ -49,6 +49,7 @@ STAGES = {
     "eager": Stage("eager", check.gradients),
     "bf16": Stage("bf16", check.gradients, dtype=torch.bfloat16),
     "generate": Stage("generate", check.generate, dtype=None),
+    "captured": Stage("captured", check.gradients, compiler="capture"),
     "graph": Stage("whole graph", check.gradients, compiler="graph"),
     "compiled": Stage("compiled", check.gradients, compiler="epops"),
 }
@@ -118,7 +119,8 @@ def table(results: dict[str, dict[str, dict[str, Any]]], stages: list[str], rank
         "",
         "Numbers are the largest difference from the one-process model, of outputs and gradients, relative to the largest "
         "value of the tensor, where it is nearest its limit: 1e-5 in float32, 2e-2 in bf16 with the same routing, or twice "
-        "what rounding moves the one-process model itself (its distance from the same weights in a wider dtype). *whole graph*: "
+        "what rounding moves the one-process model itself (its distance from the same weights in a wider dtype). *captured*: "
+        "Dynamo takes the whole forward as one graph (`fullgraph=True`); *whole graph*: "
         "`fullgraph=True` through the epops passes, forward and backward, the graphs run node by node; *compiled*: the same "
         "through Inductor. *generate*: tokens equal the one-process model's; ranks end at different steps.",
         "",

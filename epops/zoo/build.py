@@ -74,7 +74,8 @@ def configuration(family: str, size: str = "tiny", **overrides: Any) -> Any:
         tweaks["text_config"] = {**tweaks.get("text_config", {}), **overrides}
     else:
         tweaks.update(overrides)
-    return _shrink(cls.config_class, SIZES[size], tweaks)
+    sizes = {**SIZES[size], **{name: value for name, value in overrides.items() if name in SIZES[size]}}
+    return _shrink(cls.config_class, sizes, tweaks)
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:

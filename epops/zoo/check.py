@@ -69,8 +69,9 @@ def difference(value: Tensor, reference: Tensor) -> float:
     return ((value - reference).abs().max() / reference.abs().max().clamp(min=1e-30)).item()
 
 
-COMPILERS = ("eager", "graph", "epops")
-"""How a model runs: as it is; captured whole and rewritten by the passes, its graph run node by node; or compiled."""
+COMPILERS = ("eager", "capture", "graph", "epops")
+"""How a model runs: as it is; captured by Dynamo; captured, traced backward and rewritten by the passes, its graphs run node by
+node; or compiled."""
 
 
 def _compiled(model: Any, compiler: str, fullgraph: bool = True) -> Any:
@@ -78,6 +79,8 @@ def _compiled(model: Any, compiler: str, fullgraph: bool = True) -> Any:
         return model
     if compiler == "epops":
         return torch.compile(model, fullgraph=fullgraph, backend="epops")
+    if compiler == "capture":
+        return torch.compile(model, fullgraph=fullgraph, backend="eager")
     from ..inspection.capture import all_passes, apply_passes
     from ..torch_private import graphs_backend
 
@@ -209,7 +212,12 @@ def generate(family: str, *, compiler: str = "eager", max_new_tokens: int = 6, *
     c = case(family, **overrides)
     with torch.no_grad():
         prompt = c.batch(c.rank)["input_ids"][:1]
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "eos_token_id": -1,
+            "pad_token_id": 0,
+        }
         settings |= GENERATE.get(family, {})
         cache = _cache(c.ref, prompt, settings)
         settings["cache_implementation"] = cache

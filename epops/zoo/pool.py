@@ -112,7 +112,9 @@ class Pool:
         deadline = time.monotonic() + timeout
         errors: dict[int, tuple[str, str]] = {}
         while waiting:
-            ready: list[Any] = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            ready: list[Any] = multiprocessing.connection.wait(
+                list(waiting), timeout=max(0.0, deadline - time.monotonic())
+            )
             if not ready:
                 break
             for connection in ready:

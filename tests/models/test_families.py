@@ -1,0 +1,90 @@
+"""Every MoE family of transformers over two ranks, eager: outputs, gradients and generated tokens of the one-process model.
+
+Ranks have batches and lengths of their own.  That the checks can fail is a test too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from epops import zoo
+from epops.zoo import check
+from epops.zoo.tweaks import NO_GENERATE
+
+from ..ranks import RankError, run_ranks
+
+GENERATE = sorted(set(zoo.MAIN) | (set(zoo.families(False)) - set(NO_GENERATE)))
+
+
+def _gradients(rank: int, size: int, family: str, dtype: torch.dtype) -> dict[str, Any]:
+    return check.gradients(family, dtype)
+
+
+def _generate(rank: int, size: int, family: str) -> dict[str, Any]:
+    return check.generate(family)
+
+
+def _gradients_with_other_weights(rank: int, size: int, family: str) -> dict[str, Any]:
+    """The sharded model of a check gets a bias that the one-process model has not."""
+    import epops
+
+    sharded = epops.parallelize
+
+    def spoiled(model: Any, group: Any) -> Any:
+        model = sharded(model, group)
+        with torch.no_grad():
+            model.model.layers[1].mlp.experts.down_proj_bias.mul_(1.001)
+        return model
+
+    epops.parallelize = spoiled
+    try:
+        return check.gradients(family)
+    finally:
+        epops.parallelize = sharded
+
+
+def assert_equal_within_limits(results: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(results):
+        where = found["worst"] or "the output"
+        assert found["error"] <= found["limit"], f"rank {rank}: {where} differs by {found['error']:.1e}"
+        assert found["breaks"] == 0
+
+
+@pytest.mark.parametrize("family", zoo.families())
+def test_outputs_and_gradients(family: str) -> None:
+    assert_equal_within_limits(run_ranks(_gradients, 2, family, torch.float32))
+
+
+@pytest.mark.parametrize("family", zoo.MAIN)
+def test_experts_that_ranks_do_not_divide(family: str) -> None:
+    assert_equal_within_limits(run_ranks(_gradients, 4, family, torch.float32))
+
+
+@pytest.mark.parametrize("family", GENERATE)
+def test_generate_with_a_static_cache(family: str) -> None:
+    results = run_ranks(_generate, 2, family)
+    assert {found["cache"] for found in results} == {"static"}
+    assert results[0]["tokens"] != results[1]["tokens"], "the ranks were to end at different steps"
+
+
+def test_the_check_sees_a_bias_that_is_off_by_a_thousandth() -> None:
+    results = run_ranks(_gradients_with_other_weights, 2, "gpt_oss")
+    assert max(found["error"] / found["limit"] for found in results) > 3
+
+
+def test_the_check_sees_a_family_that_is_not_sharded() -> None:
+    with pytest.raises(RankError, match="nothing was sharded"):
+        run_ranks(_not_sharded, 2)
+
+
+def _not_sharded(rank: int, size: int) -> None:
+    import epops
+
+    sharded, epops.parallelize = epops.parallelize, lambda model, group: model
+    try:
+        check.forward("mixtral")
+    finally:
+        epops.parallelize = sharded
