@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
-from .inspection.capture import Pass, PassedGraph, capture
+from .inspection.capture import Pass, PassedGraph, capture, run_backward
 from .inspection.text import graph_lines, graph_text
 
 
@@ -30,19 +28,8 @@ def captured(
     The backward graph is there too when a result needs gradients.
     """
     graphs, result = capture(model, *args, passes=passes, dynamic=dynamic, **kwargs)
-    _capture_backward(model, result, args, kwargs)
+    run_backward(model, result, args, kwargs)
     return graphs
-
-
-def _capture_backward(model: Any, result: Any, args: Any, kwargs: Any) -> None:
-    flat = torch.utils._pytree.tree_leaves((result,))
-    wanted = [item for item in flat if isinstance(item, torch.Tensor) and item.requires_grad]
-    given = torch.utils._pytree.tree_leaves((args, kwargs))
-    leaves = [item for item in given if isinstance(item, torch.Tensor) and item.requires_grad]
-    if isinstance(model, torch.nn.Module):
-        leaves += [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if wanted and leaves:
-        torch.autograd.grad(wanted, leaves, [torch.zeros_like(item) for item in wanted], allow_unused=True)
 
 
 def normalized_graph(graph: Any, *, ops: tuple[str, ...] | None = None) -> str:

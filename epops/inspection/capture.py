@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule
 from ..group import process_groups
 from ..passes import process_groups as torch_groups
 from ..passes.decline_log import Declined, listen
+from ..passes.keep_order import keep_order
 from ..passes.ordering import pin
 from ..torch_private import graphs_backend
 
@@ -56,6 +57,18 @@ def capture(
     return graphs, compiled(*args, **kwargs)
 
 
+def run_backward(model: Any, result: Any, args: Any, kwargs: Any) -> None:
+    """Run backward over a captured result that needs gradients, so that its graph joins the list; parameters get none."""
+    flat = torch.utils._pytree.tree_leaves((result,))
+    wanted = [item for item in flat if isinstance(item, torch.Tensor) and item.requires_grad]
+    given = torch.utils._pytree.tree_leaves((args, kwargs))
+    leaves = [item for item in given if isinstance(item, torch.Tensor) and item.requires_grad]
+    if isinstance(model, torch.nn.Module):
+        leaves += [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if wanted and leaves:
+        torch.autograd.grad(wanted, leaves, [torch.zeros_like(item) for item in wanted], allow_unused=True)
+
+
 def all_passes() -> tuple[Pass, ...]:
     """The backend's own passes, in order."""
     from ..passes import PASSES
@@ -67,8 +80,10 @@ def apply_passes(module: GraphModule, passes: Iterable[Pass], kind: str) -> Pass
     """Run passes on a graph and record what each did; the graph is changed."""
     before = GraphModule(module, copy_graph(module.graph))
     rewrites: dict[str, int] = {}
+    # As the backend does: keep_order pins what the other passes left.
+    ordered = sorted(passes, key=lambda one: one is keep_order)
     with listen() as declined:
-        for one in passes:
+        for one in ordered:
             name = getattr(one, "__name__", type(one).__name__)
             rewrites[name] = rewrites.get(name, 0) + one(module.graph)
             module.graph.lint()

@@ -81,13 +81,18 @@ def graph_lines(graph: Any) -> list[Line]:
     naming = _Naming()
     lines = []
     for node in graph_of(graph).nodes:
-        if node.op == "get_attr" and all(is_control_deps(user) for user in node.users) and node.users:
-            continue
-        if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], Node):
-            naming.names[node] = f"{naming.names[node.args[0]]}.{_result_name(node.args[0], node.args[1])}"
-            continue
-        lines.append(naming.line(node))
+        line = naming.visit(node)
+        if line is not None:
+            lines.append(line)
     return lines
+
+
+def names_of(graph: Any) -> dict[Node, str]:
+    """Stable name of every node that computes something."""
+    naming = _Naming()
+    for node in graph_of(graph).nodes:
+        naming.visit(node)
+    return naming.names
 
 
 class _Naming:
@@ -95,6 +100,15 @@ class _Naming:
         self.names: dict[Node, str] = {}
         self.counts: dict[str, int] = {}
         self.symbols: dict[str, str] = {}
+
+    def visit(self, node: Node) -> Line | None:
+        """The node's line; None for what is part of another's."""
+        if node.op == "get_attr" and node.users and all(is_control_deps(user) for user in node.users):
+            return None
+        if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], Node):
+            self.names[node] = self.names[node.args[0]] + _result_suffix(node.args[0], node.args[1])
+            return None
+        return self.line(node)
 
     def line(self, node: Node) -> Line:
         inputs = tuple(dict.fromkeys(self.names[item] for item in node.all_input_nodes if item in self.names))
@@ -124,7 +138,7 @@ class _Naming:
         value = node.meta.get("val")
         if not taken or not isinstance(value, (tuple, list)):
             return self.shape(value)
-        return ", ".join(f"{_result_name(node, index)} {self.shape(value[index])}" for index in taken)
+        return ", ".join(f"{_result_name(node, index) or index} {self.shape(value[index])}" for index in taken)
 
     def shape(self, value: Any) -> str:
         """``bf16[4, s0]``; a tuple of results in brackets; a number as its type."""
@@ -220,12 +234,17 @@ def op_text(target: Any) -> str:
     return SAME_OP.get(word, word)
 
 
-def _result_name(node: Node, index: Any) -> str:
-    target = unwrap(node)[0]
-    schema = getattr(target, "_schema", None)
-    if schema is not None and isinstance(index, int) and index < len(schema.returns) and schema.returns[index].name:
-        return str(schema.returns[index].name)
-    return str(index)
+def _result_suffix(node: Node, index: Any) -> str:
+    """``.rows`` where the schema names a result, ``[0]`` where it does not."""
+    name = _result_name(node, index)
+    return f".{name}" if name else f"[{index}]"
+
+
+def _result_name(node: Node, index: Any) -> str | None:
+    schema = getattr(unwrap(node)[0], "_schema", None)
+    if schema is None or not isinstance(index, int) or index >= len(schema.returns):
+        return None
+    return schema.returns[index].name or None
 
 
 def _shorten(line: Line, kept: set[str]) -> str:

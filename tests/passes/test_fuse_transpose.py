@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (goldens)
 """fuse_transpose: views, permutes and copies around an all-to-all become its dims; every rank's elements stay in place."""
 
 from __future__ import annotations
@@ -167,7 +168,9 @@ return [%mul]""",
     def test_uneven(self):
         module = make_fx(lambda x: (uneven(x) * 1,), tracing_mode="fake")(numbered(3, 7))
         graph = apply_passes(module, [fuse_transpose], "inference")
-        self.assertExpectedInline(normalized_graph(graph), """\
+        self.assertExpectedInline(
+            normalized_graph(graph),
+            """\
 %input: i64[3, 7] = input
 %full: i64[1] = full([1], 2, dtype=i64, device=cpu, pin_memory=False)
 %full.1: i64[1] = full([1], 5, dtype=i64, device=cpu, pin_memory=False)
@@ -177,7 +180,8 @@ return [%mul]""",
 %cat.1: i64[2] = cat([%full.2, %full.3])
 %all_to_all: rows i64[3, 7] = epops.all_to_all(%input, %cat, %cat.1, group=ep, out_size=7, scatter_size=7, scatter_dim=1, gather_dim=1)
 %mul: i64[3, 7] = mul(%all_to_all.rows, 1)
-return [%mul]""")
+return [%mul]""",
+        )
 
 
 def flat(x):

@@ -1,0 +1,183 @@
+"""HTML, style and script of the page; ``__DATA__`` stands for the graphs."""
+
+TEMPLATE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>epops.inspect</title>
+<style>
+  :root { --ink: #1d2430; --soft: #66707f; --line: #c9d0da; --paper: #ffffff; --ground: #f4f6f9;
+          --exchange: #d9480f; --product: #1864ab; --other: #5c6773; --mark: #2b8a3e; }
+  * { box-sizing: border-box; }
+  body { margin: 0; font: 14px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--ground); }
+  header { padding: 14px 20px 10px; background: var(--paper); border-bottom: 1px solid var(--line); }
+  h1 { font-size: 18px; margin: 0 0 8px; }
+  button { font: inherit; padding: 3px 12px; margin-right: 6px; border: 1px solid var(--line); border-radius: 5px;
+           background: var(--paper); cursor: pointer; }
+  button[aria-pressed="true"] { background: var(--ink); color: var(--paper); }
+  label { margin-left: 10px; color: var(--soft); }
+  .legend span { margin-right: 16px; color: var(--soft); }
+  .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 5px; vertical-align: -1px; }
+  ul.facts { margin: 8px 0 4px; padding-left: 20px; font: 12.5px/1.5 ui-monospace, monospace; max-height: 9.5em; overflow: auto; }
+  main { display: flex; gap: 14px; padding: 14px 20px 120px; align-items: flex-start; }
+  section { flex: 1 1 0; min-width: 0; background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
+            overflow-x: auto; }
+  h2 { font-size: 14px; margin: 0; padding: 9px 14px; border-bottom: 1px solid var(--line); position: sticky; left: 0; }
+  svg { display: block; }
+  .node rect { fill: var(--paper); stroke-width: 1.3; rx: 5; }
+  .node text { font: 12px ui-monospace, monospace; fill: var(--ink); }
+  .node .shape { fill: var(--soft); font-size: 11px; }
+  .exchange rect { stroke: var(--exchange); fill: #fff4ee; }
+  .product rect { stroke: var(--product); fill: #eef5fc; }
+  .other rect, .output rect { stroke: var(--line); }
+  .input rect { stroke: var(--line); stroke-dasharray: 3 3; }
+  .marked rect { stroke: var(--mark); stroke-width: 2.6; }
+  .node:hover rect, .node:focus rect { filter: brightness(0.95); }
+  .node { outline: none; cursor: default; }
+  path.edge { fill: none; stroke: #aeb7c4; stroke-width: 1; }
+  path.edge.order { stroke-dasharray: 4 3; stroke: var(--exchange); }
+  path.edge.lit { stroke: var(--ink); stroke-width: 2; }
+  rect.flight { fill: var(--exchange); opacity: 0.16; }
+  #detail { position: fixed; left: 0; right: 0; bottom: 0; min-height: 64px; max-height: 40vh; overflow: auto; padding: 10px 20px;
+            background: var(--ink); color: #eef1f5; font: 12.5px/1.5 ui-monospace, monospace; white-space: pre-wrap;
+            overflow-wrap: anywhere; }
+</style>
+</head>
+<body>
+<header>
+  <h1 id="title"></h1>
+  <div id="tabs"></div>
+  <ul class="facts" id="facts"></ul>
+  <div class="legend">
+    <span><i style="background:var(--exchange)"></i>exchange</span>
+    <span><i style="background:var(--product)"></i>matrix product</span>
+    <span><i style="background:var(--mark)"></i>changed by a pass</span>
+    <span><i style="background:var(--exchange);opacity:.3"></i>exchange under way</span>
+    <label><input type="checkbox" id="all"> all nodes</label>
+  </div>
+</header>
+<main>
+  <section><h2>Before the passes</h2><div id="before"></div></section>
+  <section><h2>After the passes</h2><div id="after"></div></section>
+</main>
+<div id="detail" role="status">Point at a node to see what it computes.</div>
+<script type="application/json" id="data">__DATA__</script>
+<script>
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const ROW = 34, WIDE = 290, LANES = { exchange: 34, product: 350, other: 350, input: 350, output: 350 };
+let current = 0;
+
+function make(tag, attributes, text) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [key, value] of Object.entries(attributes || {})) node.setAttribute(key, value);
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+function short(text, length) {
+  return text.length > length ? text.slice(0, length - 1) + "\\u2026" : text;
+}
+
+// Edges go from a shown node to the nearest shown nodes that it is computed from.
+function shownInputs(nodes, shown) {
+  const byName = new Map(nodes.map(node => [node.name, node])), memo = new Map();
+  function nearest(name) {
+    if (shown.has(name)) return [name];
+    if (memo.has(name)) return memo.get(name);
+    memo.set(name, []);
+    const node = byName.get(name);
+    const found = node ? [...new Set(node.inputs.flatMap(nearest))] : [];
+    memo.set(name, found);
+    return found;
+  }
+  return node => [...new Set(node.inputs.flatMap(nearest))];
+}
+
+function draw(holder, nodes, all) {
+  const kept = nodes.filter(node => all || node.marked || node.kind === "exchange" || node.kind === "product");
+  const shown = new Map(kept.map((node, index) => [node.name, index]));
+  const inputs = shownInputs(nodes, shown);
+  const svg = make("svg", { width: 700, height: kept.length * ROW + 20, role: "img", "aria-label": "graph" });
+  const under = make("g"), edges = make("g"), boxes = make("g");
+  svg.append(under, edges, boxes);
+  const middle = index => 10 + index * ROW + 12;
+  const left = node => LANES[node.kind];
+
+  function edge(from, to, kind) {
+    const a = shown.get(from.name), b = shown.get(to.name), y1 = middle(a), y2 = middle(b);
+    let path;
+    if (left(from) === left(to)) {
+      const x = left(from) === LANES.exchange ? left(from) : left(from) + WIDE;
+      const bend = (left(from) === LANES.exchange ? -1 : 1) * Math.min(14 + 3 * Math.abs(b - a), 54);
+      path = `M${x},${y1} C${x + bend},${y1} ${x + bend},${y2} ${x},${y2}`;
+    } else {
+      const out = left(from) === LANES.exchange ? left(from) + WIDE : left(from);
+      const into = left(to) === LANES.exchange ? left(to) + WIDE : left(to);
+      path = `M${out},${y1} C${(out + into) / 2},${y1} ${(out + into) / 2},${y2} ${into},${y2}`;
+    }
+    const line = make("path", { class: "edge " + kind, d: path });
+    line.dataset.from = from.name;
+    line.dataset.to = to.name;
+    edges.append(line);
+  }
+
+  for (const node of kept) {
+    const index = shown.get(node.name), y = 10 + index * ROW;
+    if (node.op.startsWith("epops.") && node.op.endsWith("_wait")) {
+      const start = node.inputs.find(name => name.includes("_start") && shown.has(name));
+      if (start) {
+        const top = 10 + shown.get(start) * ROW + 24;
+        under.append(make("rect", { class: "flight", x: LANES.exchange + 20, y: top, width: 36, height: Math.max(y - top, 0) }));
+      }
+    }
+    for (const name of inputs(node)) edge(kept[shown.get(name)], node, "");
+    for (const name of node.after) if (shown.has(name)) edge(kept[shown.get(name)], node, "order");
+    const box = make("g", { class: `node ${node.kind}${node.marked ? " marked" : ""}`, tabindex: 0,
+                            transform: `translate(${left(node)},${y})` });
+    box.dataset.name = node.name;
+    box.append(make("rect", { width: WIDE, height: 24 }));
+    box.append(make("text", { x: 8, y: 16 }, short(node.name.replace(/^%/, ""), 26)));
+    box.append(make("text", { x: WIDE - 8, y: 16, "text-anchor": "end", class: "shape" }, short(node.shape, 16)));
+    box.append(make("title", {}, node.text));
+    const light = on => {
+      for (const line of edges.children) {
+        line.classList.toggle("lit", on && (line.dataset.from === node.name || line.dataset.to === node.name));
+      }
+      if (on) document.getElementById("detail").textContent = node.text;
+    };
+    box.addEventListener("mouseenter", () => light(true));
+    box.addEventListener("mouseleave", () => light(false));
+    box.addEventListener("focus", () => light(true));
+    box.addEventListener("blur", () => light(false));
+    boxes.append(box);
+  }
+  holder.replaceChildren(svg);
+}
+
+function show() {
+  const graph = data.graphs[current], all = document.getElementById("all").checked;
+  document.getElementById("facts").replaceChildren(...(graph ? graph.facts : ["no graph was compiled"]).map(fact => {
+    const item = document.createElement("li");
+    item.textContent = fact;
+    return item;
+  }));
+  [...document.getElementById("tabs").children].forEach((tab, index) => tab.setAttribute("aria-pressed", index === current));
+  for (const side of ["before", "after"]) draw(document.getElementById(side), graph ? graph[side] : [], all);
+  document.body.dataset.ready = "yes";
+}
+
+document.getElementById("title").textContent = data.title;
+data.graphs.forEach((graph, index) => {
+  const tab = document.createElement("button");
+  tab.textContent = data.graphs.length > 2 ? `${index + 1}: ${graph.kind}` : graph.kind;
+  tab.addEventListener("click", () => { current = index; show(); });
+  document.getElementById("tabs").append(tab);
+});
+document.getElementById("all").addEventListener("change", show);
+show();
+</script>
+</body>
+</html>
+"""

@@ -1,0 +1,106 @@
+"""`inspect`: the graphs of a model before and after the passes, what each pass did, left alone, and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..passes import choose
+from .capture import PassedGraph, capture, run_backward
+from .text import graph_text, names_of
+from .wire import overlaps, wire_bytes
+
+
+class Inspection:
+    """What the compiler did with a model.  ``str()`` is stable text; `save` writes a page for a person."""
+
+    def __init__(self, graphs: list[PassedGraph]) -> None:
+        self.graphs = graphs
+
+    @property
+    def rewrites(self) -> dict[str, int]:
+        """Rewrites of each pass in all graphs."""
+        total: dict[str, int] = {}
+        for graph in self.graphs:
+            for name, count in graph.rewrites.items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+    def summary(self) -> str:
+        """What happened, without the graphs."""
+        return "\n\n".join("\n".join(summary_lines(graph)) for graph in self.graphs)
+
+    def __str__(self) -> str:
+        parts = []
+        for graph in self.graphs:
+            parts.append("\n".join(summary_lines(graph)))
+            parts.append(f"before:\n{_indented(graph_text(graph.before))}")
+            parts.append(f"after:\n{_indented(graph_text(graph.after))}")
+        return "\n\n".join(parts)
+
+    def __repr__(self) -> str:
+        return f"<epops.Inspection of {len(self.graphs)} graphs: {self.rewrites}>"
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page: one HTML file that needs nothing else.  Returns its path."""
+        from .page import page
+
+        path = Path(path)
+        path.write_text(page(self.graphs), encoding="utf-8")
+        return path
+
+
+def inspect(
+    model: Callable[..., Any],
+    *args: Any,
+    options: dict[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Inspection:
+    """What ``torch.compile(model, backend="epops")`` does with ``model(*args, **kwargs)``.
+
+    Nothing runs: no code is generated, no exchange takes place, so that one rank alone may ask.  The backward graph is shown
+    too where a result needs gradients.
+
+    Args:
+        model: a module or function; its expert group is open.
+        options: ``{"passes": …}`` as for the backend.
+        dynamic: as for ``torch.compile``.
+
+    Raises: what compiling the model raises.
+    """
+    passes = choose((options or {}).get("passes"))
+    graphs, result = capture(model, *args, passes=passes, dynamic=dynamic, **kwargs)
+    run_backward(model, result, args, kwargs)
+    return Inspection(graphs)
+
+
+def summary_lines(graph: PassedGraph) -> list[str]:
+    """Rewrites, bytes, overlaps and declined places of one graph."""
+    lines = [f"{graph.kind} graph"]
+    counts = ", ".join(f"{name} {count}" for name, count in graph.rewrites.items())
+    lines.append(f"  rewrites: {counts or 'no pass ran'}")
+    before, after = wire_bytes(graph.before.graph), wire_bytes(graph.after.graph)
+    lines.append(f"  bytes that leave a rank, at most: {before} before, {after} after")
+    names = names_of(graph.after)
+    for one in overlaps(graph.after.graph):
+        beside = ", ".join(names[node] for node in one.beside) or "no product"
+        lines.append(f"  {names[one.start]} runs beside {beside}")
+    earlier = {node.name: name for node, name in names_of(graph.before).items()}
+    lines += [
+        f"  {entry._replace(node=earlier.get(entry.node, entry.node), reason=renamed(entry.reason, earlier))}"
+        for entry in graph.declined
+    ]
+    return lines
+
+
+def renamed(reason: str, names: dict[str, str]) -> str:
+    """A reason with the graph's node names in place of those that FX made up."""
+    return " ".join(
+        names.get(word.rstrip(",;"), word.rstrip(",;")) + word[len(word.rstrip(",;")) :] for word in reason.split(" ")
+    )
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

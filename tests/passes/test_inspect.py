@@ -1,0 +1,209 @@
+# ruff: noqa: E501 (goldens)
+"""epops.inspect and epops.testing: the text, the figures, and the page in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from expecttest import TestCase
+
+import epops
+from epops.inspection.page import for_script, page
+from epops.inspection.wire import overlaps, wire_bytes
+from epops.passes.fuse_add import fuse_add
+from epops.passes.fuse_quant import fuse_quant
+from epops.testing import assert_fused, captured, count_ops, normalized_graph
+from tests.passes import blocks, quantizers
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.fixture(autouse=True)
+def ep():
+    with blocks.group() as group:
+        yield group
+
+
+def block(given):
+    return blocks.routed(given) + torch.relu(given["x"] @ given["shared"])
+
+
+def training():
+    return {name: item.requires_grad_(item.is_floating_point()) for name, item in blocks.inputs().items()}
+
+
+class Golden(TestCase):
+    def test_summary(self):
+        self.assertExpectedInline(epops.inspect(block, training()).summary(), """\
+forward graph
+  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 1, overlap 1, keep_order 0
+  bytes that leave a rank, at most: 0 before, 0 after
+  %dispatch_start runs beside %mm
+  overlap left %combine alone: no product beside it is independent of it
+
+backward graph
+  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 0, overlap 2, keep_order 0
+  bytes that leave a rank, at most: 0 before, 0 after
+  %combine_backward_start runs beside %mm, %mm.1
+  %dispatch_backward_start runs beside %grouped_mm_backward_weight""")
+
+    def test_text(self):
+        with torch.no_grad():
+            self.assertExpectedInline(str(epops.inspect(block, blocks.inputs())), """\
+inference graph
+  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 1, overlap 1, keep_order 0
+  bytes that leave a rank, at most: 0 before, 0 after
+  %dispatch_start runs beside %mm
+  overlap left %combine alone: no product beside it is independent of it
+
+before:
+  %input: i64[5, 2] = input
+  %input.1: f32[5, 16] = input
+  %input.2: f32[5, 2] = input
+  %input.3: f32[3, 16, 16] = input
+  %input.4: f32[16, 16] = input
+  %dispatch: rows f32[16, 16], row_weights f32[16], expert_ends i32[3], route i32[59] = epops.dispatch(%input.1, %input, %input.2, group=ep, layout=expert)
+  %grouped_mm: f32[16, 16] = epops.grouped_mm(%dispatch.rows, %input.3, %dispatch.expert_ends)
+  %combine: out f32[5, 16] = epops.combine(%grouped_mm, %dispatch.route, %dispatch.row_weights, group=ep, layout=expert, out_dtype=f32)
+  %mm: f32[5, 16] = mm(%input.1, %input.4)
+  %relu: f32[5, 16] = relu(%mm)
+  %add: f32[5, 16] = add(%combine.out, %relu)
+  return [%add]
+
+after:
+  %input: i64[5, 2] = input
+  %input.1: f32[5, 16] = input
+  %input.2: f32[5, 2] = input
+  %input.3: f32[3, 16, 16] = input
+  %input.4: f32[16, 16] = input
+  %dispatch_start: i64[4] = epops.dispatch_start(%input.1, %input, %input.2, group=ep, layout=expert)
+  %mm: f32[5, 16] = mm(%input.1, %input.4) after %dispatch_start
+  %dispatch_wait: rows f32[16, 16], row_weights f32[16], expert_ends i32[3], route i32[59] = epops.dispatch_wait(%dispatch_start, %input.1, %input, %input.2, group=ep, layout=expert) after %mm
+  %grouped_mm: f32[16, 16] = epops.grouped_mm(%dispatch_wait.rows, %input.3, %dispatch_wait.expert_ends)
+  %relu: f32[5, 16] = relu(%mm)
+  %combine: out f32[5, 16] = epops.combine(%grouped_mm, %dispatch_wait.route, %dispatch_wait.row_weights, %relu, group=ep, layout=expert, out_dtype=f32)
+  return [%combine.out]""")
+
+
+def test_the_text_is_the_same_on_every_run():
+    one, other = (str(epops.inspect(block, training())) for _ in range(2))
+    assert one == other and "0x" not in one and "/" not in one.replace("//", "")
+
+
+def test_nothing_runs(ep):
+    before = ep.sequence if hasattr(ep, "sequence") else None
+    given = training()
+    epops.inspect(block, given)
+    assert all(item.grad is None for item in given.values())
+    assert before is None or ep.sequence == before
+
+
+def test_options_choose_the_passes():
+    with torch.no_grad():
+        shown = epops.inspect(block, blocks.inputs(), options={"passes": ["fuse_add"]})
+    assert shown.rewrites == {"fuse_add": 1, "keep_order": 0}
+
+
+def test_bytes_on_the_wire_shrink_with_the_rows():
+    """8 tokens of at most 1 other rank: 256 channels of 2 bytes before, of 1 byte and a scale of 4 after."""
+    with torch.no_grad():
+
+        def quantized(given):
+            sent = torch.ops.epops.dispatch.default(
+                *(given[name] for name in ("x", "idx", "weights")),
+                group="ep", num_experts=3, num_slots=2, ep_size=2, max_tokens=8, capacity=32, layout="expert", alignment=1,
+            )  # fmt: skip
+            return quantizers.per_token(sent[0])
+
+        graph = captured(quantized, blocks.inputs(hidden=256, dtype=torch.bfloat16), passes=[fuse_quant])[0]
+    assert (wire_bytes(graph.before.graph), wire_bytes(graph.after.graph)) == (8 * 512, 8 * 260)
+
+
+def test_overlaps_name_what_runs_beside():
+    with torch.no_grad():
+        graph = captured(block, blocks.inputs())[0]
+    (one,) = overlaps(graph.after.graph)
+    assert "dispatch_start" in str(one.start.target) and len(one.beside) == 1
+
+
+def test_assert_fused_says_what_was_declined():
+    with torch.no_grad():
+        graphs = captured(lambda given: blocks.routed(given) + given["x"][0], blocks.inputs(), passes=[fuse_add])
+    assert_fused(graphs, fuse_add=0)
+    with pytest.raises(AssertionError, match="fuse_add: expected 1 rewrites, got 0\n.*broadcasts"):
+        assert_fused(graphs, fuse_add=1)
+    with pytest.raises(AssertionError, match="no pass 'fuse_everything' ran"):
+        assert_fused(graphs, fuse_everything=1)
+
+
+def test_symbols_and_names_are_normalized():
+    given = blocks.inputs()
+    for name in ("x", "idx", "weights"):
+        torch._dynamo.mark_dynamic(given[name], 0)
+    with torch.no_grad():
+        text = normalized_graph(captured(block, given, passes=[])[0])
+    assert "bf16" not in text and re.findall(r"\bs\d+\b", text)[0] == "s0" and "primals" not in text
+    with torch.no_grad():
+        assert count_ops(captured(block, given, passes=[]), "epops.combine") == 1
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------------
+
+EVIL = (
+    '</script><script>document.body.dataset.evil="yes"</script><img src=x onerror=\'document.body.dataset.evil="yes"\'>'
+)
+
+
+def test_no_string_can_leave_its_script():
+    text = for_script({"name": EVIL + "\u2028&amp;"})
+    assert not set("<>&\u2028") & set(text)
+
+
+def test_the_page_needs_no_network(tmp_path):
+    saved = epops.inspect(block, training()).save(tmp_path / "graph.html").read_text()
+    assert not re.search(r"\b(?:src|href)\s*=|@import|url\(|fetch\(|XMLHttpRequest", saved)
+    assert set(re.findall(r"https?://[^\"' ]*", saved)) == {"http://www.w3.org/2000/svg"}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome here to look at the page with")
+def test_the_page_in_a_browser(tmp_path):
+    graphs = epops.inspect(block, training()).graphs
+    text = page(graphs, title=EVIL)
+    text = text.replace("%dispatch_start", "%dispatch_start" + for_script(EVIL)[1:-1].replace('\\"', "'"))
+    probe = """<script>
+      const say = (key, value) => document.body.setAttribute("data-" + key, value);
+      const boxes = side => [...document.querySelectorAll(`#${side} .node`)];
+      say("before", boxes("before").length); say("after", boxes("after").length);
+      say("marked", document.querySelectorAll("#after .marked").length);
+      say("flights", document.querySelectorAll("#after .flight").length);
+      const combine = boxes("after").find(box => box.dataset.name === "%combine");
+      combine.dispatchEvent(new MouseEvent("mouseenter"));
+      say("detail", document.getElementById("detail").textContent);
+      say("lit", document.querySelectorAll("#after .lit").length);
+      document.getElementById("all").click();
+      say("all", boxes("after").length);
+      document.querySelectorAll("#tabs button")[1].click();
+      say("facts", document.getElementById("facts").textContent);
+    </script></body>"""
+    path = tmp_path / "graph.html"
+    path.write_text(text.replace("</body>", probe), encoding="utf-8")
+    seen = look_at(path, tmp_path)
+    assert seen["ready"] == "yes" and "evil" not in seen
+    assert (seen["before"], seen["after"], seen["flights"]) == ("5", "5", "1")
+    assert int(seen["marked"]) >= 3 and int(seen["lit"]) >= 2 and int(seen["all"]) > 5
+    assert seen["detail"].startswith("%combine: out f32[5, 16] = epops.combine(")
+    assert "overlap 2" in seen["facts"]
+
+
+def look_at(path, folder):
+    """What the body's data attributes say once a browser has run the page."""
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    body = re.search(r"<body([^>]*)>", done.stdout)
+    assert body, done.stderr[-2000:]
+    return dict(re.findall(r'data-(\w+)="([^"]*)"', body.group(1)))
