@@ -78,7 +78,7 @@ def _run(place: Place, recipe: Recipe, device: torch.device, group: Any, screen:
         forward,
         lambda step: share(batch_of(text, recipe, step), place).to(device),
         recipe,
-        average=lambda loss: average_gradients(model, loss, group),
+        average=lambda loss: average(model, loss, group),
         clip=lambda: epops.clip_grad_norm_(model.parameters(), recipe.max_norm, group),
         on_step=bar.step,
     )
@@ -121,16 +121,11 @@ def share(batch: Tensor, place: Place) -> Tensor:
     return batch.chunk(place.size)[place.rank]
 
 
-def average_gradients(model: Any, loss: Tensor, group: Any) -> Tensor:
+def average(model: Any, loss: Tensor, group: Any) -> Tensor:
     """Plain data parallelism: gradients of all but the experts, and the loss, are averaged over the ranks."""
-    experts = {id(p) for p in epops.expert_parameters(model)}
-    shared = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in experts]
-    flat = torch.cat([*(grad.flatten() for grad in shared), loss.reshape(1)])
-    dist.all_reduce(flat)
-    flat /= group.size
-    for grad, mean in zip(shared, flat.split([grad.numel() for grad in shared] + [1])):
-        grad.copy_(mean.view_as(grad))
-    return flat[-1]
+    epops.average_gradients(model, group)
+    dist.all_reduce(loss)
+    return loss / group.size
 
 
 def expert_part(model: Any, ids: Tensor) -> str:
