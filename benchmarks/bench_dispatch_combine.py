@@ -208,17 +208,17 @@ def sweep(rank: int, world: int, tokens: list[int]) -> list[dict[str, Any]]:
         transport = runner.group.transport
         plans: dict[str, list[Plan]] = {"dispatch": [], "combine": []}
         if count <= 1024:
-            for blocks in (64, 128, 132):
-                for pdl in (0, 1):
-                    for parts in (15, 7, 5, 3) if count > 160 else (15, 7):
-                        plans["dispatch"].append(Plan(blocks, blocks, 1024, parts, 0, pdl))
-                        plans["combine"].append(Plan(blocks, blocks, 512, parts, 0, pdl))
+            for send in (15, 7, 5, 3, 2):
+                for recv in (15, 7, 5, 3, 2):
+                    if count > 160 or min(send, recv) >= 7:
+                        plans["dispatch"].append(Plan(128, 128, 1024, send, recv, 0, 1))
+                        plans["combine"].append(Plan(128, 128, 512, send, recv, 0, 1))
         else:
-            for senders in (24, 32, 48):
-                for blocks in (100, 128):
-                    for parts in (1, 2):
-                        plans["dispatch"].append(Plan(blocks, senders, 1024, parts, 2 - parts, 0))
-                        plans["combine"].append(Plan(blocks, senders, 512, parts, 2 - parts, 0))
+            for senders in (32, 48):
+                for blocks in (116, 128):
+                    for send in (1, 2, 4):
+                        plans["dispatch"].append(Plan(blocks, senders, 1024, send, 1, 1, 1))
+                        plans["combine"].append(Plan(blocks, senders, 512, send, 1, 1, 1))
         calls = 20 if count <= 512 else 4
         for op in ("dispatch", "combine"):
             for plan in plans[op]:
@@ -228,6 +228,60 @@ def sweep(rank: int, world: int, tokens: list[int]) -> list[dict[str, Any]]:
         transport.tune(extra={})
         runner.close()
     return rows
+
+
+TRACE_POINTS = {
+    "dispatch": "start, after earlier kernels, group state, counted, placed, told, sent, counts came, frame, rows, end",
+    "combine": "start, after earlier kernels, group state, sent, told, -, rows, end",
+}
+
+
+def trace(rank: int, world: int, tokens: list[int]) -> None:
+    """Microseconds from a block's start to points in the kernels (built with -DEPOPS_TRACE), and times without any peer."""
+    from epops import _C
+    from epops.transport import kernels
+
+    for number, count in enumerate(tokens):
+        runner = Runner(Case(count), rank, world, f"trace{number}")
+        for op in ("dispatch", "combine"):
+            time = graph_time(getattr(runner, op), 10, 3)
+            plan = runner.group.transport.plan(op, count, 7168)
+            clocks = torch.tensor(_C.read_trace(op), dtype=torch.int64).view(256, 12)[: plan.num_blocks]
+            if rank == 0:
+                print(f"trace {op} {count}: {time:.1f} us")
+                for point, name in enumerate(TRACE_POINTS[op].split(", ")):
+                    since = (clocks[:, point] - clocks[:, 0]).float() / 1980
+                    since = since[clocks[:, point] >= clocks[:, 0]]
+                    if name != "-" and since.numel():
+                        low, mid, high = since.min(), since.median(), since.max()
+                        print(f"  {name:24} {low:7.2f} {mid:7.2f} {high:7.2f}  ({since.numel()} blocks)")
+        runner.close()
+        ws, num_bytes = kernels.lay_out(0, 1, kernels.Sizes(count, TOP_K, EXPERTS, 16384), 5.0)
+        memory = torch.zeros(num_bytes, dtype=torch.uint8, device="cuda")
+        ws.set_peers([memory.data_ptr()])
+        rows = epops.layout.capacity("expert", count, 1, TOP_K, EXPERTS, 16)
+        slots, mask = torch.arange(EXPERTS, device="cuda"), torch.ones(1, dtype=torch.int64, device="cuda")
+        facts = {"num_experts": EXPERTS, "num_slots": EXPERTS, "max_tokens": count, "layout": "expert"}
+        tuning = kernels.Tuning()
+
+        def send(quant: Any = kernels.QuantSettings()) -> Any:  # noqa: B008
+            return kernels.dispatch(
+                ws, tuning.plan("dispatch", count, 1, 132), slots, mask, runner.x, runner.idx, runner.weights,
+                capacity=rows, alignment=16, quant=quant, **facts,
+            )  # fmt: skip
+
+        route = send().route
+        y = torch.randn(rows, 7168, device="cuda", dtype=torch.bfloat16)
+
+        def back() -> Any:
+            return kernels.combine(
+                ws, tuning.plan("combine", count, 1, 132), y, route, num_tokens=count, top_k=TOP_K,
+                out_dtype=torch.bfloat16, **facts,
+            )  # fmt: skip
+
+        fp8, bf16, combine = graph_time(send, 10, 3), graph_time(lambda: send(None), 10, 3), graph_time(back, 10, 3)
+        if rank == 0:
+            print(f"no peer, {count}: dispatch fp8 {fp8:.1f}, bf16 {bf16:.1f}, combine {combine:.1f} us", flush=True)
 
 
 def facts(world: int) -> dict[str, Any]:
@@ -302,13 +356,16 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 128, 512, 1024, 2048, 4096])
     arguments.add_argument("--quick", action="store_true", help="the figures of the table alone")
     arguments.add_argument("--sweep", action="store_true", help="launch plans instead of cases")
+    arguments.add_argument("--trace", action="store_true", help="phases inside the kernels; needs a build with -DEPOPS_TRACE")
     arguments.add_argument("--no-ceilings", action="store_true")
     chosen = arguments.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl")
     dist.all_reduce(torch.zeros(1, device="cuda"))
-    if chosen.sweep:
+    if chosen.trace:
+        trace(rank, world, chosen.tokens)
+    elif chosen.sweep:
         rows = sweep(rank, world, chosen.tokens)
         if rank == 0:
             for row in sorted(rows, key=lambda r: (r["op"], r["tokens"], r["us"])):

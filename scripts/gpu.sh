@@ -3,6 +3,7 @@
 #   build       the extension, in place
 #   virtual     many ranks on one GPU, against the reference
 #   ranks       one process a GPU: transport, graphs, timeouts
+#   nccl        the c10d transport on nccl, against gloo
 #   sanitize    compute-sanitizer memcheck and racecheck over a small set of the virtual ranks
 #   bench       the benchmark; results go to $OUT or benchmarks/results
 # Each stage has its own time limit, so that a hang costs little; the last line says which stages passed.
@@ -24,7 +25,7 @@ stage() {
 }
 for name in "$@"; do
   case "$name" in
-    build) stage build 180 env EPOPS_BUILD_CUDA=1 python3 setup.py --quiet build_ext --inplace ;;
+    build) stage build 180 env EPOPS_BUILD_CUDA=1 NVCC_APPEND_FLAGS="${NVCC_FLAGS:-}" python3 setup.py --quiet build_ext --inplace ;;
     virtual) stage virtual 240 python3 -m pytest -q --maxfail ${MAXFAIL:-5} --timeout 60 --timeout-method thread tests/gpu/test_virtual_ranks.py ${TESTS:+-k "$TESTS"} ;;
     ranks) stage ranks 240 python3 -m pytest -q --maxfail 4 --timeout 100 --timeout-method thread tests/gpu/test_nvlink.py ${TESTS:+-k "$TESTS"} ;;
     sanitize)
@@ -32,6 +33,7 @@ for name in "$@"; do
         stage "$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 \
           python3 -m pytest -q -x -p no:cacheprovider --timeout 190 tests/gpu/test_virtual_ranks.py -k "${SANITIZE:-hostile or many_ops}"
       done ;;
+    nccl) stage nccl 150 python3 -m pytest -q --timeout 100 --timeout-method thread tests/gpu/test_nccl.py ;;
     bench) stage bench 300 torchrun --nproc-per-node "$gpus" benchmarks/bench_dispatch_combine.py --out "$results" ${BENCH:-} ;;
     *) echo "gpu.sh: no stage $name" >&2; exit 2 ;;
   esac

@@ -70,7 +70,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("num_blocks", &Launch::num_blocks)
       .def_readwrite("num_senders", &Launch::num_senders)
       .def_readwrite("num_threads", &Launch::num_threads)
-      .def_readwrite("warps_per_token", &Launch::warps_per_token)
+      .def_readwrite("send_warps", &Launch::send_warps)
+      .def_readwrite("recv_warps", &Launch::recv_warps)
       .def_readwrite("dynamic", &Launch::dynamic)
       .def_readwrite("phases", &Launch::phases)
       .def_readwrite("pdl", &Launch::pdl);
@@ -112,6 +113,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("wire_scale_bytes", &DispatchParams::wire_scale_bytes)
       .def_readwrite("out_scale_bytes", &DispatchParams::out_scale_bytes)
       .def_readwrite("record_bytes", &DispatchParams::record_bytes)
+      .def_readwrite("tiles", &DispatchParams::tiles)
       .def_readwrite("call_hash", &DispatchParams::call_hash)
       .def("shared_bytes", &dispatch_shared_bytes);
   address(d, "x", &DispatchParams::x);
@@ -192,4 +194,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("launch_scatter", [](const ScatterParams& p, uintptr_t stream) {
     check(launch_scatter(p, reinterpret_cast<void*>(stream)), "combine_backward");
   });
+#ifdef EPOPS_TRACE
+  m.def("read_trace", [](const std::string& op) {
+    std::vector<uint64_t> clocks(256 * 12);
+    check(op == "dispatch" ? read_dispatch_trace(clocks.data()) : read_combine_trace(clocks.data()), "read_trace");
+    return clocks;
+  });
+#endif
 }

@@ -155,7 +155,8 @@ __device__ __forceinline__ void send_token(const CombineParams& p, const Op& op,
 
 template <class In, class Out>
 __device__ __forceinline__ void send_all(const CombineParams& p, const Op& op, const Team& t, const Route& route,
-                                         const Outbox& outbox, uint8_t* ring) {
+                                         const Outbox& outbox, uint8_t* ring,
+                                         const uint8_t* gone) {
   const int others = p.ws.num_ranks - 1, all = p.max_tokens * others;
   // Token by token over all peers, and over blocks: what a peer adds up first is sent first.
   const int num = all > static_cast<int>(blockIdx.x) ? (all - 1 - blockIdx.x) / p.launch.num_senders + 1 : 0;
@@ -168,22 +169,24 @@ __device__ __forceinline__ void send_all(const CombineParams& p, const Op& op, c
       if (threadIdx.x % 32 >= count) return;
       const int item = first + threadIdx.x % 32;
       // [B] released to the warps at the peer that wait for this token
-      if (!is_dead(p.ws, peer_of(item))) {
+      if (gone[peer_of(item)] == 0) {
         st_relaxed_sys(flag(p.ws, peer_of(item), op.parity, p.ws.rank, token_of(item)), tagged(op.epoch, 1));
       }
     });
+    trace(4);
   } else if (t.id >= 0) {
     for (int item = t.id; item < num; item += t.num_teams) {
       outbox.begin(item);
       send_token<In, Out>(p, op, t, route, peer_of(item), token_of(item), ring);
       outbox.finish(item);
     }
+    if (threadIdx.x < 32) trace(3);
   }
 }
 
 template <class In, class Out>
 __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& op, const Team& t, const Route& route,
-                                              int token, uint8_t* ring, int* failed) {
+                                              int token, uint8_t* ring, const uint8_t* gone, int* failed) {
   constexpr int kSteps = steps_of<In, Out>();
   constexpr int kAnswers = 2;  // on their way at once
   const int lane = threadIdx.x % 32, me = p.ws.rank;
@@ -195,7 +198,7 @@ __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& 
   const int num = distinct_ranks(rank, &source);
   uint32_t unused;
   if (source >= 0 && source != me &&
-      (is_dead(p.ws, source) ||
+      (gone[source] != 0 ||
        !wait_word(p.ws, flag(p.ws, me, op.parity, source, token), op.epoch, source, kPhaseAnswers, &unused))) {
     source = -1;  // an answer that does not come counts as zero
     *failed = 1;
@@ -303,15 +306,34 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
   extern __shared__ __align__(16) uint8_t rings[];
   __shared__ uint32_t done[kOutbox];
   __shared__ int32_t posted, failed;
+  __shared__ uint8_t gone[kMaxRanks];  // dead when the op began; a wait notices later deaths
   for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) done[i] = 0;
   if (threadIdx.x == 0) posted = failed = 0;
+  if (threadIdx.x < 32) trace(0);
   wait_for_earlier_kernels();
+  if (threadIdx.x < 32) trace(1);
   let_next_kernel_launch();
+  uint32_t touched = 0;
+  if (p.launch.dynamic == 0 && threadIdx.x < 3) {
+    // The first lines of the route that this block will want, while the first words of the group come.
+    const int64_t at = static_cast<int64_t>(p.num_tokens) * p.top_k;
+    const int others = p.ws.num_ranks - 1, me = p.ws.rank;
+    const int64_t token = others == 0 ? 0 : min(static_cast<int>(blockIdx.x) / others, p.max_tokens - 1);
+    const int64_t peer = others == 0 ? 0 : (me + 1 + blockIdx.x % others) % p.ws.num_ranks;
+    const int64_t own = min(static_cast<int>(blockIdx.x), p.num_tokens);
+    const int64_t words[3] = {at + (peer * p.max_tokens + token) * p.top_k, at + me * int64_t{p.max_tokens} * p.top_k,
+                              own * p.top_k};
+    const int64_t word = threadIdx.x == 0 ? words[0] : threadIdx.x == 1 ? words[1] + min(own, token) * p.top_k : words[2];
+    touched = touch(p.route + 32 + p.ws.num_ranks + word, 4, 0);
+  }
   const Op op = begin_op(p.ws);
-  const Team t = my_team(p.launch);
+  const Team sending = my_team(p.launch.send_warps), t = my_team(p.launch.recv_warps);
   const Route route(p);
+  for (int rank = threadIdx.x; rank < p.ws.num_ranks; rank += blockDim.x) gone[rank] = is_dead(p.ws, rank);
   uint8_t* ring = rings + threadIdx.x / 32 * kWarpBytes;
   __syncthreads();
+  if (touched == 0x7fc0ffee && failed == -1) return;  // never: it keeps the loads
+  if (threadIdx.x < 32) trace(2);
   if ((p.launch.phases & 1) != 0 && !op.excluded && blockIdx.x < p.launch.num_senders) {
     if (blockIdx.x == 0 && t.poster) {
       for (int peer = threadIdx.x % 32; peer < p.ws.num_ranks; peer += 32) {
@@ -320,7 +342,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
         }
       }
     }
-    send_all<In, Out>(p, op, t, route, Outbox{done, &posted}, ring);
+    send_all<In, Out>(p, op, sending, route, Outbox{done, &posted}, ring, gone);
   }
   if ((p.launch.phases & 2) == 0) return;
   if (blockIdx.x == 0 && t.poster) {
@@ -329,12 +351,14 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
   if (t.id >= 0) {
     Turns turns(p.launch, t, &control(p.ws, p.ws.rank)->work[op.parity]);
     for (int token = turns.take(); token < p.num_tokens; token = turns.take()) {
-      receive_token<In, Out>(p, op, t, route, token, ring, &failed);
+      receive_token<In, Out>(p, op, t, route, token, ring, gone, &failed);
     }
   }
+  if (threadIdx.x < 32) trace(6);
   end_op(p.ws, op, &failed, [&] {
     if (threadIdx.x == 0) p.status[0] |= op.excluded ? kExcluded : kTimeout;
   });
+  if (threadIdx.x < 32) trace(7);
 }
 
 template <class In>
@@ -351,6 +375,10 @@ int launch_to(const CombineParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+#ifdef EPOPS_TRACE
+int read_combine_trace(uint64_t* out) { return cudaMemcpyFromSymbol(out, trace_clock, sizeof(trace_clock)); }
+#endif
 
 int launch_combine(const CombineParams& p, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) scatter_kernel(const __gri
   wait_for_earlier_kernels();
   let_next_kernel_launch();
   const Op op = begin_op(p.ws);
-  const Team t = my_team(p.launch);
+  const Team t = my_team(1);
   const Route route(p);
   const int lane = threadIdx.x % 32, num_ranks = p.ws.num_ranks, me = p.ws.rank;
   __syncthreads();
@@ -140,8 +140,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) scatter_kernel(const __gri
       int came = 1;
       if (lane == 0 && source != me) {
         uint32_t unused;
-        came = !is_dead(p.ws, source) &&
-               wait_word(p.ws, flag(p.ws, me, op.parity, source, token), op.epoch, source, kPhaseRows, &unused);
+        came = wait_word(p.ws, flag(p.ws, me, op.parity, source, token), op.epoch, source, kPhaseRows, &unused);
         if (came == 0) failed = 1;
       }
       __syncwarp();

@@ -106,11 +106,10 @@ __device__ __forceinline__ void copy_rest(const uint8_t* from, int row_bytes, in
 }
 
 template <class Sink>
-__device__ __forceinline__ void copy_scales(const DispatchParams& p, const uint8_t* from, int64_t stride, const Team& t,
+__device__ __forceinline__ void copy_scales(const DispatchParams& p, const uint8_t* from, int64_t stride, int block0,
                                             const Sink& sink) {
-  if (t.part != t.parts - 1) return;
   const int lane = threadIdx.x % 32;
-  for (int block0 = 0; block0 < p.num_scales; block0 += 32) {
+  for (; block0 < p.num_scales; block0 += 32) {
     const bool has = block0 + lane < p.num_scales;
     const uint32_t value = has ? load_scale(from, (block0 + lane) * stride, p.wire_scale_bytes) : 0;
     sink.scale(block0 + lane, has, value);
@@ -144,9 +143,9 @@ __device__ __forceinline__ void row_from_x(const DispatchParams& p, int token, c
   if constexpr (sizeof(T) == 1) {
     const uint8_t* from = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(token) * p.row_bytes;
     copy_rest<4>(from, p.row_bytes, t.part * 512, t, sink);
-    if (p.num_scales != 0) {
+    if (p.num_scales != 0 && t.part == t.parts - 1) {
       const uint8_t* scales = static_cast<const uint8_t*>(p.x_scales) + token * p.scale_token_stride * p.wire_scale_bytes;
-      copy_scales(p, scales, p.scale_block_stride, t, sink);
+      copy_scales(p, scales, p.scale_block_stride, 0, sink);
     }
   } else {
     quantize_row<T, sizeof(T) == 4 ? 1 : 2>(p, static_cast<const T*>(p.x) + static_cast<int64_t>(token) * p.hidden, t, sink);
@@ -212,8 +211,10 @@ __device__ __forceinline__ void send_all(const DispatchParams& p, const Places& 
   const int first = min(static_cast<int>(blockIdx.x) * tokens_a_block, p.num_tokens);
   const int last = min(first + tokens_a_block, p.num_tokens);
   if (first == last && blockIdx.x >= num_ranks && blockIdx.x != 0) return;
+  if (threadIdx.x < 32) trace(2);
   count_selections(p, s, first);
   __syncthreads();
+  if (threadIdx.x < 32) trace(3);
   for (int step = blockIdx.x; step < num_ranks; step += p.launch.num_senders) {
     const int peer = (p.ws.rank + 1 + step) % num_ranks;
     if (s.takes_part[peer] != 0) post_counts(p, s, op, peer);
@@ -223,15 +224,18 @@ __device__ __forceinline__ void send_all(const DispatchParams& p, const Places& 
   const Outbox outbox{s.done, &s.words[kPosted]};
   for (int base = first; base < last; base += batch) {
     const int num = min(batch, last - base);
-    place_tokens(p, s, base, base + num);  // ends with a block barrier
+    place_tokens(p, s, base, base + num, base + num < last);  // ends with a block barrier
+    if (threadIdx.x < 32) trace(4);
     if (t.poster) {
       outbox.post(num, t.parts, [&](int item, int count) { tell_peers(p, s, op, base + item, item, count); });
+      trace(5);
     } else if (t.id >= 0) {
       for (int item = t.id; item < num; item += t.num_teams) {
         outbox.begin(item);
         send_token<T>(p, s, op, t, base + item, item * p.top_k);
         outbox.finish(item);
       }
+      if (threadIdx.x < 32) trace(6);
     }
     if (base + batch < last) {
       __syncthreads();
@@ -329,12 +333,27 @@ __device__ __forceinline__ void receive_theirs(const DispatchParams& p, const Pl
     if (lane < p.top_k) entry = ld_no_allocate8(entries(p.ws, p.ws.rank, op.parity, source, token) + lane);
     bytes.load(from, p.row_bytes, t.part * 512, t);
   }
+  // Scales too are asked for before it is known where they go.
+  const bool scaled = p.num_scales != 0 && t.part == t.parts - 1 && has != 0;
+  uint32_t scale[2] = {0, 0};
+  if (scaled) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (i * 32 + lane < p.num_scales) scale[i] = load_scale(from + p.row_bytes, i * 32 + lane, p.wire_scale_bytes);
+    }
+  }
   const Landing l = land(p, s, source, entry.x);
   if (l.to_copy != 0) {
     const ToRows sink{p, l.row, l.to_copy};
     bytes.store(p.row_bytes, t.part * 512, t, sink);
     copy_rest<4>(from, p.row_bytes, t.part * 512 + 4 * t.parts * 512, t, sink);
-    if (p.num_scales != 0) copy_scales(p, from + p.row_bytes, 1, t, sink);
+    if (scaled) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (i * 32 < p.num_scales) sink.scale(i * 32 + lane, i * 32 + lane < p.num_scales, scale[i]);
+      }
+      if (p.num_scales > 64) copy_scales(p, from + p.row_bytes, 1, 64, sink);
+    }
   }
   if (t.part == 0) write_row_facts(p, l, source, token, __uint_as_float(entry.y));
 }
@@ -386,33 +405,34 @@ __device__ __forceinline__ void zero_lost_sources(const DispatchParams& p, const
 template <class T>
 __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams p) {
   extern __shared__ uint32_t shared[];
-  const Places s = carve(shared, p.ws.num_ranks, p.num_slots, p.num_experts);
-  const Team t = my_team(p.launch);
+  const Places s = carve(shared, p.ws.num_ranks, p.num_slots, p.num_experts, p.tiles);
   const bool sender = (p.launch.phases & 1) != 0 && blockIdx.x < p.launch.num_senders;
   const int keys = p.ws.num_ranks * (p.num_slots + 1);
-  for (int i = threadIdx.x; i < 3 * keys; i += blockDim.x) s.total[i] = 0;
+  for (int i = threadIdx.x; i < (2 + p.tiles) * keys; i += blockDim.x) s.total[i] = 0;
   for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) s.done[i] = 0;
   if (threadIdx.x < kNumWords) s.words[threadIdx.x] = 0;
+  if (threadIdx.x < 32) trace(0);
   wait_for_earlier_kernels();
+  if (threadIdx.x < 32) trace(1);
   let_next_kernel_launch();
   uint32_t touched = 0;
   if (sender) {
     // What will be read soon, while the first words of the group come.
-    const int64_t idx_bytes = static_cast<int64_t>(p.num_tokens) * p.top_k * (p.idx64 ? 8 : 4);
-    touched |= touch(p.topk_idx, min(idx_bytes, int64_t{64} << 10), threadIdx.x, blockDim.x);
     const int tokens_a_block = (p.num_tokens + p.launch.num_senders - 1) / p.launch.num_senders;
     const int first = blockIdx.x * tokens_a_block;
-    if (tokens_a_block <= 2 && first < p.num_tokens) {
+    touched = touch(p.topk_idx, static_cast<int64_t>(p.num_tokens) * p.top_k * (p.idx64 ? 8 : 4), threadIdx.x);
+    if (tokens_a_block <= 4 && first < p.num_tokens) {
       const int num = min(tokens_a_block, p.num_tokens - first);
       const int64_t row = p.x_dtype == kBytes ? p.row_bytes : static_cast<int64_t>(p.hidden) * sizeof(T);
-      touched |= touch(static_cast<const uint8_t*>(p.x) + first * row, num * row, threadIdx.x, blockDim.x);
-      touched |= touch(p.topk_weights + static_cast<int64_t>(first) * p.top_k, static_cast<int64_t>(num) * p.top_k * 4, threadIdx.x,
-                       blockDim.x);
+      touched |= touch(static_cast<const uint8_t*>(p.x) + first * row, num * row, threadIdx.x);
+      touched |= touch(p.topk_weights + static_cast<int64_t>(first) * p.top_k, static_cast<int64_t>(num) * p.top_k * 4,
+                       threadIdx.x);
     }
   }
-  const Op op = begin_op(p.ws);
   for (int i = threadIdx.x; i < p.num_experts; i += blockDim.x) {
-    s.expert_slot[i] = static_cast<int32_t>(p.expert_slot[i]);
+    const int64_t slot = p.expert_slot[i];
+    const bool there = slot >= 0 && slot < static_cast<int64_t>(p.ws.num_ranks) * p.num_slots;
+    s.expert_slot[i] = there ? static_cast<int32_t>(slot) << 8 | static_cast<int32_t>(slot) / p.num_slots : -1;
   }
   for (int i = threadIdx.x; i < p.ws.num_ranks; i += blockDim.x) {
     const int64_t wanted = p.mask[i];
@@ -420,23 +440,34 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __g
     s.lost[i] = 0;
     s.num_tokens[i] = 0;
   }
+  const Op op = begin_op(p.ws);
   __syncthreads();
+  if (touched == 0x7fc0ffee && s.words[kFailed] == -1) return;  // never: it keeps the loads
   if (sender) {
     if (op.excluded) {
       send_nothing(p);
     } else {
-      send_all<T>(p, s, op, t);
+      send_all<T>(p, s, op, my_team(p.launch.send_warps));
     }
   }
   if ((p.launch.phases & 2) == 0) return;
+  const Team t = my_team(p.launch.recv_warps);
   if (!t.poster) {
     wait_counts(p, s, op, t);
-    if (blockIdx.x == 0 && threadIdx.x < 32) write_facts(p, s, op);
-    write_frame(p, s, t);
+    if (threadIdx.x < 32) trace(7);
+    // Where a block has several teams, the first one's token is a peer's: it goes on to wait for that.
+    const int apart = p.launch.dynamic == 0 && t.num_teams > 1 ? t.parts * 32 : 0;
+    const int thread = static_cast<int>(threadIdx.x) - apart;
+    if (thread >= 0) {
+      if (blockIdx.x == 0 && thread < 32) write_facts(p, s, op);
+      write_frame(p, s, thread, t.num_threads - apart);
+    }
+    if (threadIdx.x < 32) trace(8);
     receive_all<T>(p, s, op, t);
+    if (threadIdx.x < 32) trace(9);
   }
-  if (touched == 0x7fc0ffee && s.words[kFailed] == -1) return;  // never: it keeps the loads
   end_op(p.ws, op, &s.words[kFailed], [&] { zero_lost_sources(p, s); });
+  if (threadIdx.x < 32) trace(10);
 }
 
 template <class T>
@@ -446,8 +477,12 @@ int launch(const DispatchParams& p, cudaStream_t stream) {
 
 }  // namespace
 
+#ifdef EPOPS_TRACE
+int read_dispatch_trace(uint64_t* out) { return cudaMemcpyFromSymbol(out, trace_clock, sizeof(trace_clock)); }
+#endif
+
 uint64_t dispatch_shared_bytes(const DispatchParams& p) {
-  return 4 * places_words(p.ws.num_ranks, p.num_slots, p.num_experts);
+  return 4 * places_words(p.ws.num_ranks, p.num_slots, p.num_experts, p.tiles);
 }
 
 int launch_dispatch(const DispatchParams& p, void* stream) {

@@ -6,6 +6,17 @@
 
 namespace epops {
 
+// Where the time of a kernel goes: built with -DEPOPS_TRACE, each block keeps the clock at some points; see bench --trace.
+#ifdef EPOPS_TRACE
+constexpr int kTracePoints = 12;
+static __device__ unsigned long long trace_clock[256 * kTracePoints];
+__device__ __forceinline__ void trace(int point) {
+  if (threadIdx.x % 32 == 0) trace_clock[blockIdx.x * kTracePoints + point] = clock64();
+}
+#else
+__device__ __forceinline__ void trace(int) {}
+#endif
+
 // At the start of a rank's memory. `progress` grows by kEpochStep an op, in shares: block 0 adds what the others leave, so
 // the epoch changes when the last block of an op is done, and no block has to wait to find out which one is the last.
 struct Control {
@@ -90,7 +101,7 @@ inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint6
   Control* here = control(ws, ws.rank);
   const uint64_t start = global_timer_ns();
   for (uint32_t spin = 1;; ++spin) {
-    const uint64_t now = ld_acquire_sys(word);
+    const uint64_t now = ld_relaxed_sys(word);
     const uint32_t tag = static_cast<uint32_t>(now >> 32);
     if (tag == epoch) {
       *value = static_cast<uint32_t>(now);
@@ -118,10 +129,13 @@ inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint6
   }
 }
 
-// [A] acquires what the peer's poster released. A wait ends early when `give_up` (shared memory) becomes nonzero.
+// [A] What the peer's poster released before the word may be read after it. An acquiring load would empty the L1 at every turn
+// of the wait; instead, what peers write is read by ld_no_allocate alone, after the branch on this word: such a load finds
+// nothing in the L1, where no line of that memory ever is, and the L2 has what was released.
+// A wait ends early when `give_up` (shared memory) becomes nonzero.
 __device__ __forceinline__ bool wait_word(const Workspace& ws, const uint64_t* word, uint32_t epoch, int peer, int phase,
                                           uint32_t* value, const uint32_t* give_up = nullptr) {
-  const uint64_t now = ld_acquire_sys(word);
+  const uint64_t now = ld_relaxed_sys(word);
   *value = static_cast<uint32_t>(now);
   if (static_cast<uint32_t>(now >> 32) == epoch) return true;
   *value = 0;

@@ -34,14 +34,15 @@ struct Workspace {
   int32_t max_slots;
 };
 
-// How an op is laid over the chip, from M alone. A team of `warps_per_token` warps carries one token at a time; the last warp
+// How an op is laid over the chip, from M alone. A team of some warps carries one token at a time; the last warp
 // of a block tells peers (team.cuh). Nothing here need be equal on all ranks.
 struct Launch {
   int32_t num_blocks;
   int32_t num_senders;  // the first blocks send, then help with the rest
   int32_t num_threads;
-  int32_t warps_per_token;
-  int32_t dynamic;  // warps take tokens from a counter as they come free; only with one warp a token
+  int32_t send_warps;  // warps that share a token
+  int32_t recv_warps;
+  int32_t dynamic;  // warps take tokens from a counter as they come free; only with one warp a token received
   int32_t phases;   // 1 send, 2 receive, 3 both
   int32_t pdl;
 };
@@ -91,6 +92,7 @@ struct DispatchParams {
   int32_t num_scales;
   int32_t wire_scale_bytes, out_scale_bytes;  // of one scale; 4 or 1
   int32_t record_bytes;
+  int32_t tiles;  // of 32 tokens, placed together
   uint32_t call_hash;
 };
 
@@ -149,5 +151,10 @@ uint64_t dispatch_shared_bytes(const DispatchParams& p);
 int launch_dispatch(const DispatchParams& p, void* stream);
 int launch_combine(const CombineParams& p, void* stream);
 int launch_scatter(const ScatterParams& p, void* stream);
+
+#ifdef EPOPS_TRACE
+int read_dispatch_trace(uint64_t* out);  // (256, 12)
+int read_combine_trace(uint64_t* out);
+#endif
 
 }  // namespace epops

@@ -119,17 +119,16 @@ __device__ __forceinline__ void zero_row(const DispatchParams& p, int row) {  //
   }
 }
 
-// Everything that follows from the counts alone, by all blocks together: gaps, the facts of rows that do not exist, counts, ends.
-__device__ __forceinline__ void write_frame(const DispatchParams& p, const Places& s, const Team& t) {
-  const int here = t.num_threads;
-  const int thread = blockIdx.x * here + threadIdx.x, threads = gridDim.x * here;
+// Everything that follows from the counts alone, by `here` threads of every block: gaps, the facts of rows that do not exist, counts, ends.
+__device__ __forceinline__ void write_frame(const DispatchParams& p, const Places& s, int here_thread, int here) {
+  const int thread = blockIdx.x * here + here_thread, threads = gridDim.x * here;
   const int lane = threadIdx.x % 32;
   if (p.layout == kExpert) {
     // Alignment gaps are zero rows: a NaN there would poison weight gradients.
     for (int slot = blockIdx.x; slot < p.num_slots; slot += gridDim.x) {
       const int first = s.start[slot] + s.tally[slot];
       const int last = min(s.start[slot + 1], p.capacity);
-      for (int row = first + threadIdx.x / 32; row < last; row += here / 32) {
+      for (int row = first + here_thread / 32; row < last; row += here / 32) {
         zero_row(p, row);
         if (lane == 0) clear_row_facts(p, row);
       }
@@ -145,24 +144,24 @@ __device__ __forceinline__ void write_frame(const DispatchParams& p, const Place
     for (int row = first + thread; row < p.capacity; row += threads) clear_row_facts(p, row);
   }
   if (blockIdx.x == gridDim.x - 1) {  // the last block: it sends nothing where only some do
-    for (int slot = threadIdx.x; slot < p.num_slots; slot += here) {
+    for (int slot = here_thread; slot < p.num_slots; slot += here) {
       int rows = s.tally[slot];
       if (p.layout == kExpert) rows = min(rows, max(0, p.capacity - s.start[slot]));
       p.expert_counts[slot] = rows;
       if (p.layout == kExpert) p.expert_ends[slot] = min(s.start[slot + 1], p.capacity);
     }
     if (p.layout == kRank) {
-      for (int source = threadIdx.x; source < p.ws.num_ranks; source += here) {
+      for (int source = here_thread; source < p.ws.num_ranks; source += here) {
         const int end = source + 1 < p.ws.num_ranks ? s.total[(source + 1) * (p.num_slots + 1) + p.num_slots]
                                                     : s.tally[p.num_slots];
         p.expert_ends[source] = min(end, p.capacity);
       }
     }
-    for (int rank = threadIdx.x; rank < p.ws.num_ranks; rank += here) p.route[32 + rank] = s.takes_part[rank];
+    for (int rank = here_thread; rank < p.ws.num_ranks; rank += here) p.route[32 + rank] = s.takes_part[rank];
   }
 }
 
-// Route header and status, by block 0, whose counts of bad selections are those of the whole rank.
+// Route header and status, by one warp of block 0, whose counts of bad selections are those of the whole rank.
 __device__ __forceinline__ void write_facts(const DispatchParams& p, const Places& s, const Op& op) {
   int total = 0;
   if (p.layout == kRank) {
@@ -171,7 +170,7 @@ __device__ __forceinline__ void write_facts(const DispatchParams& p, const Place
     for (int slot = threadIdx.x % 32; slot < p.num_slots; slot += 32) total += s.tally[slot];
     for (int step = 16; step > 0; step >>= 1) total += __shfl_xor_sync(~0u, total, step);
   }
-  const int lane = threadIdx.x;
+  const int lane = threadIdx.x % 32;
   const int kept = s.words[kKept], dropped = total - kept;
   const int bits = s.words[kBits] | (dropped != 0 ? kOverflow : 0);
   const int epoch = static_cast<int>(op.epoch & 0x7fffffff);

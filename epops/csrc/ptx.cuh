@@ -5,9 +5,9 @@
 
 namespace epops {
 
-__device__ __forceinline__ uint64_t ld_acquire_sys(const uint64_t* address) {
+__device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* address) {
   uint64_t value;
-  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
   return value;
 }
 
@@ -33,7 +33,9 @@ __device__ __forceinline__ void st_relaxed_sys(uint32_t* address, uint32_t value
 
 __device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
-// Memory that a peer writes while this kernel runs: never through the read-only path, and not worth a line of L1.
+__device__ __forceinline__ void fence_acq_rel_cta() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
+
+// Memory that a peer writes while this kernel runs: never through the read-only path, and never left in the L1.
 __device__ __forceinline__ uint4 ld_no_allocate(const void* address) {
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -12,12 +12,12 @@ namespace epops {
 struct Places {
   uint32_t* total;   // [keys] selections of all tokens of this rank
   uint32_t* before;  // [keys] those of tokens before the ones at hand
-  uint32_t* bits;    // [keys] which of 32 tokens have the key
+  uint32_t* bits;    // [keys * tiles] which of 32 tokens of a tile have the key
   int32_t* start;    // [L + 1] first row of each slot's group
   int32_t* tally;    // [L + 1] rows of each slot, from all ranks
   int32_t* num_tokens;  // [R] T of each source
   int32_t* takes_part;  // [R]
-  int32_t* expert_slot;  // [E]
+  int32_t* expert_slot;  // [E] slot << 8 | rank, -1 none
   int32_t* slot;      // [kPlaceEntries] of the tokens at hand: global slot or -1
   int32_t* position;  // [kPlaceEntries]
   uint32_t* lost;     // [R] nonzero: nothing of this source counts
@@ -27,18 +27,18 @@ struct Places {
 };
 enum Word { kFailed = 0, kBits, kNumBad, kNumRepeated, kKept, kPosted, kNumWords };
 
-__host__ __device__ inline uint64_t places_words(int num_ranks, int num_slots, int num_experts) {
+__host__ __device__ inline uint64_t places_words(int num_ranks, int num_slots, int num_experts, int tiles) {
   const uint64_t keys = static_cast<uint64_t>(num_ranks) * (num_slots + 1);
-  return 3 * keys + 2 * (num_slots + 1) + 4 * num_ranks + num_experts + 2 * kPlaceEntries + kOutbox + kNumWords;
+  return (2 + tiles) * keys + 2 * (num_slots + 1) + 4 * num_ranks + num_experts + 2 * kPlaceEntries + kOutbox + kNumWords;
 }
 
-__device__ __forceinline__ Places carve(uint32_t* shared, int num_ranks, int num_slots, int num_experts) {
+__device__ __forceinline__ Places carve(uint32_t* shared, int num_ranks, int num_slots, int num_experts, int tiles) {
   const int keys = num_ranks * (num_slots + 1);
   Places s;
   s.total = shared;
   s.before = s.total + keys;
   s.bits = s.before + keys;
-  s.start = reinterpret_cast<int32_t*>(s.bits + keys);
+  s.start = reinterpret_cast<int32_t*>(s.bits + keys * tiles);
   s.tally = s.start + num_slots + 1;
   s.num_tokens = s.tally + num_slots + 1;
   s.takes_part = s.num_tokens + num_ranks;
@@ -65,64 +65,79 @@ __device__ __forceinline__ int64_t load_expert(const DispatchParams& p, int toke
   return p.idx64 ? static_cast<const int64_t*>(p.topk_idx)[at] : static_cast<const int32_t*>(p.topk_idx)[at];
 }
 
-// All lanes of a warp call it, with the expert of selection l % K of the warp's token l / K in lane l.
-__device__ __forceinline__ Selection look_up(const DispatchParams& p, const Places& s, int64_t expert) {
+// A warp looks at whole tokens: lane l at selection l % K of its token l / K, where that is one of its 32 / K.
+struct Seat {
+  int token, k;
+  bool taken;
+};
+
+__device__ __forceinline__ Seat my_seat(int top_k) {
   const int lane = threadIdx.x % 32;
+  Seat seat{lane / top_k, 0, false};
+  seat.k = lane - seat.token * top_k;
+  seat.taken = seat.token < 32 / top_k;
+  return seat;
+}
+
+// All lanes of a warp call it, each with the expert of its selection, or -1.
+__device__ __forceinline__ Selection look_up(const DispatchParams& p, const Places& s, const Seat& seat, int64_t wide) {
   Selection found;
-  found.bad = expert < -1 || expert >= p.num_experts;
-  const bool named = expert >= 0 && !found.bad;
-  // Two 16-bit halves would not do: an expert number may need 24 bits, and the token of the warp needs 5.
-  const uint32_t token_tag = static_cast<uint32_t>(lane / p.top_k) << 24;
-  uint32_t same = __match_any_sync(~0u, named ? token_tag | static_cast<uint32_t>(expert) : 0x80000000u | lane);
-  found.repeated = named && __ffs(same) - 1 != lane;
-  found.slot = -1;
-  if (named && !found.repeated) {
-    const int slot = s.expert_slot[expert];
-    if (slot >= 0 && slot < p.ws.num_ranks * p.num_slots && s.takes_part[slot / p.num_slots] != 0) found.slot = slot;
+  found.bad = wide < -1 || wide >= p.num_experts;
+  const int expert = found.bad ? -1 : static_cast<int>(wide);
+  found.repeated = false;
+  for (int back = 1; back < p.top_k; ++back) {
+    const int other = __shfl_up_sync(~0u, expert, back);
+    found.repeated |= seat.k >= back & expert >= 0 & other == expert;
   }
-  found.key = -1;
+  found.slot = found.key = -1;
   found.leader = false;
-  const int rank = found.slot / p.num_slots;
-  if (p.layout == kRank) {
-    same = __match_any_sync(~0u, found.slot >= 0 ? token_tag | static_cast<uint32_t>(rank) : 0x80000000u | lane);
-    if (found.slot >= 0) {
-      found.key = rank * (p.num_slots + 1) + p.num_slots;
-      found.leader = __ffs(same) - 1 == lane;
+  int rank = -1;
+  if (expert >= 0 && !found.repeated) {
+    const int packed = s.expert_slot[expert];
+    if (packed >= 0 && s.takes_part[packed & 0xff] != 0) {
+      rank = packed & 0xff;
+      found.slot = packed >> 8;
+      found.key = found.slot + rank;  // rank * (L + 1) + slot within the rank
+      found.leader = true;
     }
-  } else if (found.slot >= 0) {
-    found.key = rank * (p.num_slots + 1) + found.slot % p.num_slots;
-    found.leader = true;
+  }
+  if (p.layout == kRank) {  // one row a rank: its first selection counts, and the others share the row
+    for (int back = 1; back < p.top_k; ++back) {
+      const int other = __shfl_up_sync(~0u, rank, back);
+      if (seat.k >= back && other == rank) found.leader = false;
+    }
+    if (rank >= 0) found.key = rank * (p.num_slots + 1) + p.num_slots;
   }
   return found;
 }
 
 // Counts all selections of this rank into `total`, those of tokens before `first` into `before`.
 __device__ __forceinline__ void count_selections(const DispatchParams& p, const Places& s, int first) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
+  const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   const int tokens_a_warp = 32 / p.top_k;
-  constexpr int kAhead = 8;  // indices in flight a lane
+  const Seat seat = my_seat(p.top_k);
+  constexpr int kAhead = 4;  // indices in flight a lane
   const int step = num_warps * tokens_a_warp;
-  const bool in_use = lane / p.top_k < tokens_a_warp;
   int bad = 0, repeated = 0;
   for (int token0 = warp * tokens_a_warp; token0 < p.num_tokens; token0 += kAhead * step) {
     int64_t expert[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int token = token0 + i * step + lane / p.top_k;
-      expert[i] = load_expert(p, token, lane % p.top_k, in_use && token < p.num_tokens);
+      const int token = token0 + i * step + seat.token;
+      expert[i] = load_expert(p, token, seat.k, seat.taken && token < p.num_tokens);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (token0 + i * step >= p.num_tokens) break;
-      const Selection found = look_up(p, s, expert[i]);
+      const Selection found = look_up(p, s, seat, expert[i]);
       bad += found.bad;
       repeated += found.repeated;
       if (found.leader) {
         atomicAdd(&s.total[found.key], 1u);
-        if (token0 + i * step + lane / p.top_k < first) atomicAdd(&s.before[found.key], 1u);
+        if (token0 + i * step + seat.token < first) atomicAdd(&s.before[found.key], 1u);
       }
       if (p.layout == kRank && found.slot >= 0) {  // expert_counts are by slot in every layout
-        atomicAdd(&s.total[found.slot / p.num_slots * (p.num_slots + 1) + found.slot % p.num_slots], 1u);
+        atomicAdd(&s.total[found.slot + found.slot / p.num_slots], 1u);
       }
     }
   }
@@ -136,52 +151,52 @@ __device__ __forceinline__ void count_selections(const DispatchParams& p, const 
   }
 }
 
-// Slots and positions of tokens [first, last) into `slot` and `position`; writes the route's send_slot. `before` moves on.
-__device__ __forceinline__ void place_tokens(const DispatchParams& p, const Places& s, int first, int last) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
+// Slots and positions of tokens [first, last) into `slot` and `position`; writes the route's send_slot. `before` moves on,
+// unless nothing is placed after `last`.
+__device__ __forceinline__ void place_tokens(const DispatchParams& p, const Places& s, int first, int last, bool more) {
+  const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   const int tokens_a_warp = 32 / p.top_k;
+  const Seat seat = my_seat(p.top_k);
   int32_t* send_slot = p.route + 32 + p.ws.num_ranks;
-  if (last - first == 1) {  // `before` is its position
-    if (warp == 0) {
-      const Selection found = look_up(p, s, load_expert(p, first, lane, lane < p.top_k));
-      if (lane < p.top_k) {
-        s.slot[lane] = found.slot;
-        s.position[lane] = found.key < 0 ? 0 : s.before[found.key];
-        send_slot[static_cast<int64_t>(first) * p.top_k + lane] = found.slot;
+  const int round = min(p.tiles * 32, num_warps * tokens_a_warp);  // one step a warp
+  for (int begin = first; begin < last; begin += round) {
+    const int inside = warp * tokens_a_warp + seat.token, token = begin + inside;
+    const bool active = seat.taken && inside < round && token < last;
+    const Selection found = look_up(p, s, seat, load_expert(p, token, seat.k, active));
+    const int tile = inside / 32;
+    const uint32_t bit = 1u << (inside & 31);
+    uint32_t* bits = s.bits + found.key * p.tiles;
+    if (found.leader) atomicOr(&bits[tile], bit);
+    __syncthreads();
+    if (active) {
+      int position = 0;
+      if (found.key >= 0) {
+        position = s.before[found.key] + __popc(bits[tile] & (bit - 1));
+        for (int i = 0; i < tile; ++i) position += __popc(bits[i]);
+      }
+      const int at = (token - first) * p.top_k + seat.k;
+      s.slot[at] = found.slot;
+      s.position[at] = position;
+      send_slot[static_cast<int64_t>(token) * p.top_k + seat.k] = found.slot;
+    }
+    if (!more && begin + round >= last) break;
+    // The first token of each key moves it on for the round after.
+    bool mine = found.leader && (bits[tile] & -bits[tile]) == bit;
+    uint32_t all = 0;
+    if (mine) {
+      for (int i = 0; i < p.tiles; ++i) {
+        mine = mine && (i >= tile || bits[i] == 0);
+        all += __popc(bits[i]);
       }
     }
     __syncthreads();
-    return;
-  }
-  for (int tile = first; tile < last; tile += 32) {
-    const int tile_last = min(tile + 32, last);
-    // One step a warp where 32 warps are there; with fewer, the steps of a tile run one after another three times over.
-    for (int pass = 0; pass < 3; ++pass) {
-      for (int token0 = tile + warp * tokens_a_warp; token0 < tile_last; token0 += num_warps * tokens_a_warp) {
-        const int token = token0 + lane / p.top_k, k = lane % p.top_k;
-        const bool active = lane / p.top_k < tokens_a_warp && token < tile_last;
-        const Selection found = look_up(p, s, load_expert(p, token, k, active));
-        const uint32_t bit = 1u << ((token - tile) & 31);
-        if (pass == 0) {
-          if (found.leader) atomicOr(&s.bits[found.key], bit);
-        } else if (pass == 1) {
-          if (active) {
-            const int at = (token - first) * p.top_k + k;
-            s.slot[at] = found.slot;
-            s.position[at] = found.key < 0 ? 0 : s.before[found.key] + __popc(s.bits[found.key] & (bit - 1));
-            send_slot[static_cast<int64_t>(token) * p.top_k + k] = found.slot;
-          }
-        } else if (found.leader) {
-          const uint32_t all = s.bits[found.key];
-          if ((all & -all) == bit) {  // the first token of the key moves it on; the others see its bit or zero
-            s.before[found.key] += __popc(all);
-            s.bits[found.key] = 0;
-          }
-        }
-      }
-      __syncthreads();
+    if (mine) {
+      s.before[found.key] += all;
+      for (int i = 0; i < p.tiles; ++i) bits[i] = 0;
     }
+    __syncthreads();
   }
+  __syncthreads();
 }
 
 // Counts and header to peer `peer`, by the whole block: they travel before any row, each word for itself.

@@ -18,10 +18,10 @@ struct Team {
   bool poster;
 };
 
-__device__ __forceinline__ Team my_team(const Launch& launch) {
+__device__ __forceinline__ Team my_team(int parts) {
   const int warp = threadIdx.x / 32, data_warps = blockDim.x / 32 - 1;
   Team t;
-  t.parts = launch.warps_per_token;
+  t.parts = parts;
   t.num_teams = data_warps / t.parts;
   t.id = warp < t.num_teams * t.parts ? warp / t.parts : -1;
   t.part = warp % t.parts;
@@ -45,7 +45,7 @@ struct Outbox {
   __device__ __forceinline__ void finish(int item) const {
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
-      __threadfence_block();
+      fence_acq_rel_cta();
       atomicAdd(&done[item % kOutbox], 1u);
     }
   }
@@ -60,14 +60,13 @@ struct Outbox {
       const uint32_t missing = ~__ballot_sync(~0u, ready);
       const int count = missing == 0 ? 32 : __ffs(missing) - 1;
       if (count == 0) continue;
-      __threadfence_block();  // [D] acquires
-      fence_acq_rel_sys();
+      fence_acq_rel_sys();  // [D] acquires, too
       tell(next, count);
       if (lane < count) done[item % kOutbox] = 0;
       __syncwarp();
       next += count;
-      if (lane == 0) {
-        __threadfence_block();
+      if (next < num_items && lane == 0) {
+        fence_acq_rel_cta();
         *const_cast<volatile int32_t*>(posted) = next;
       }
     }
@@ -96,16 +95,12 @@ struct Turns {
   }
 };
 
-// Brings the lines of [from, from + bytes) into the L1, each thread its share, without waiting for them. The result means
-// nothing, but has to be used somewhere, late, for the loads to be kept.
-__device__ __forceinline__ uint32_t touch(const void* from, int64_t bytes, int thread, int threads) {
-  uint32_t sum = 0;
-  for (int64_t at = static_cast<int64_t>(thread) * 128; at < bytes; at += static_cast<int64_t>(threads) * 128) {
-    uint32_t value;
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(static_cast<const uint8_t*>(from) + at));
-    sum |= value;
-  }
-  return sum;
+// Brings line `thread` of [from, from + bytes) into the L1 without waiting for it. The result means nothing, but has to be used
+// somewhere, late, for the load to be kept.
+__device__ __forceinline__ uint32_t touch(const void* from, int64_t bytes, int thread) {
+  uint32_t value = 0;
+  if (thread * 128 < bytes) asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(static_cast<const uint8_t*>(from) + thread * 128));
+  return value;
 }
 
 }  // namespace epops

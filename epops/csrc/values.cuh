@@ -119,6 +119,12 @@ struct Scale {
   int divide;
 };
 
+// a / b correctly rounded, from the correctly rounded reciprocal of b (Markstein); away from underflow.
+__device__ __forceinline__ float divide(float a, float b, float reciprocal) {
+  const float guess = __fmul_rn(a, reciprocal);
+  return __fmaf_rn(__fmaf_rn(-guess, b, a), reciprocal, guess);
+}
+
 __device__ __forceinline__ Scale make_scale(float amax, const Quant& q) {
   if (!q.eps_on_scale) amax = max_nan(amax, q.eps);
   Scale s;
@@ -127,7 +133,7 @@ __device__ __forceinline__ Scale make_scale(float amax, const Quant& q) {
     s.inverse = q.math == kReciprocal ? __fmul_rn(__frcp_rn(amax), q.top) : __fdiv_rn(q.top, amax);
     s.value = __frcp_rn(s.inverse);
   } else {
-    s.value = __fdiv_rn(amax, q.top);
+    s.value = amax > 1e-25f ? divide(amax, q.top, __frcp_rn(q.top)) : __fdiv_rn(amax, q.top);
     s.inverse = 0.f;
   }
   if (q.eps_on_scale) s.value = max_nan(s.value, q.eps);
@@ -143,9 +149,8 @@ __device__ __forceinline__ Scale make_scale(float amax, const Quant& q) {
 }
 
 __device__ __forceinline__ float quotient(float x, const Scale& s, const Quant& q) {
-  float value = __fmul_rn(x, s.inverse);
-  if (s.divide) value = __fmaf_rn(__fmaf_rn(-value, s.value, x), s.inverse, value);
-  return value;  // the cast saturates, which is the clamp
+  // The cast saturates, which is the clamp.
+  return s.divide ? divide(x, s.value, s.inverse) : __fmul_rn(x, s.inverse);
 }
 
 __device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d, int e5m2) {

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _C  # type: ignore[attr-defined]
+import epops._C as _C
+
 from .. import layout as words
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -19,6 +20,7 @@ BYTES = 3
 MAX_RANKS, MAX_TOP_K = _C.max_ranks, _C.max_top_k
 ARCHS = [name for name in _C.cuda_archs.split(";") if name]
 QUANT_MATHS = {"divide": 0, "multiply": 1, "reciprocal": 2, "reciprocal_exact": 3}
+SHARED_BYTES = 150 << 10  # what a block takes at most, where it has a choice
 QUANT_BLOCKS = (0, 16, 32, 64, 128, 256, 512)
 
 
@@ -28,7 +30,8 @@ class Plan(NamedTuple):
     num_blocks: int
     num_senders: int
     num_threads: int
-    warps_per_token: int
+    send_warps: int
+    recv_warps: int
     dynamic: int
     pdl: int = 0
 
@@ -45,8 +48,8 @@ class Tuning:
     """Settings of the launch plans, with measured defaults (benchmarks/results).
 
     ``num_sms``: blocks that send on the throughput path; ``spare_sms``: multiprocessors that no block of ours ever holds, so
-    that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M up to which all warps of a block, or
-    seven, share a token; above, each warp has its own.
+    that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M up to which all warps of a block, or a
+    few, share a token; above, each warp has its own.  ``pdl``: a kernel's launch overlaps the end of the one before.
     """
 
     num_sms: int = 32
@@ -54,7 +57,7 @@ class Tuning:
     decode_tokens: int = 160
     middle_tokens: int = 1024
     limit_blocks: int = 0
-    pdl: int = 0
+    pdl: int = 1
     extra: dict[str, Plan] = field(default_factory=dict)
 
     def plan(self, op: str, max_tokens: int, num_ranks: int, num_sms: int, hidden: int = 7168) -> Plan:
@@ -66,14 +69,16 @@ class Tuning:
             blocks = min(blocks, self.limit_blocks)
         pieces = max(1, -(-hidden // 512))  # a warp's step is 512 elements of a row
         if op == "combine_backward":
-            return Plan(blocks, max(1, min(self.num_sms, blocks)), threads, 1, 1, self.pdl)
+            return Plan(blocks, max(1, min(self.num_sms, blocks)), threads, 1, 1, 1, self.pdl)
         if max_tokens <= self.decode_tokens:
             if op == "combine":
                 blocks = max(1, min(blocks, max_tokens * max(1, num_ranks - 1)))
-            return Plan(blocks, blocks, threads, min(15, pieces), 0, self.pdl)
+            parts = min(15, pieces)
+            return Plan(blocks, blocks, threads, parts, parts, 0, self.pdl)
         if max_tokens <= self.middle_tokens:
-            return Plan(blocks, blocks, threads, min(7, pieces), 0, self.pdl)
-        return Plan(blocks, min(self.num_sms, blocks), threads, 1, 1, self.pdl)
+            parts = min(3 if op == "dispatch" else 7, pieces)
+            return Plan(blocks, blocks, threads, parts, parts, 0, self.pdl)
+        return Plan(blocks, min(self.num_sms, blocks), threads, 2 if op == "dispatch" else 1, 1, 1, self.pdl)
 
 
 class Sizes(NamedTuple):
@@ -214,6 +219,9 @@ def dispatch(
     p.rows, p.scales, p.row_weights, p.row_expert = address(rows), address(scales), address(row_weights), address(row_expert)
     p.row_source, p.expert_counts, p.expert_ends = address(row_source), address(expert_counts), address(expert_ends)
     p.route, p.status = address(route), address(status)
+    p.tiles = 4
+    if p.shared_bytes() > SHARED_BYTES:
+        p.tiles = 1
     p.call_hash = call_hash(
         "dispatch", max_tokens, top_k, p.record_bytes, p.row_bytes, num_slots, num_experts, p.layout, lane, alignment, capacity
     )  # fmt: skip
