@@ -37,7 +37,7 @@ def _reference(size: int, clip: float) -> tuple[torch.nn.Module, list[float]]:
 
 def _check(rank: int, size: int, backend: str | None) -> None:
     expected, norms = _reference(size, 0.05)
-    with epops.ExpertGroup(None, max_tokens=16, timeout=120.0) as group:
+    with epops.ExpertGroup(None, max_tokens=16, timeout=450.0) as group:
         model = epops.parallelize(zoo.tiny("mixtral"), group)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         called = torch.compile(model, fullgraph=True, backend=backend) if backend else model
