@@ -23,7 +23,7 @@ def _gradients(rank: int, size: int, family: str, compiler: str) -> dict[str, An
 @pytest.mark.parametrize("family", sorted(set(zoo.families(False)) - OUTSIDE_THE_EXPERTS))
 def test_families_with_loops_of_their_own_capture_whole(family: str) -> None:
     """Their expert loops break the one-process model's graph; sharded there is nothing to break."""
-    assert_equal_within_limits(run_ranks(_gradients, 2, family, "graph"))
+    assert_equal_within_limits(run_ranks(_gradients, 2, family, "graph", timeout=300.0))
 
 
 @pytest.mark.slow

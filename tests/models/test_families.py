@@ -55,17 +55,17 @@ def assert_equal_within_limits(results: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("family", zoo.families())
 def test_outputs_and_gradients(family: str) -> None:
-    assert_equal_within_limits(run_ranks(_gradients, 2, family, torch.float32))
+    assert_equal_within_limits(run_ranks(_gradients, 2, family, torch.float32, timeout=300.0))
 
 
 @pytest.mark.parametrize("family", zoo.MAIN)
 def test_experts_that_ranks_do_not_divide(family: str) -> None:
-    assert_equal_within_limits(run_ranks(_gradients, 4, family, torch.float32))
+    assert_equal_within_limits(run_ranks(_gradients, 4, family, torch.float32, timeout=300.0))
 
 
 @pytest.mark.parametrize("family", GENERATE)
 def test_generate_with_a_static_cache(family: str) -> None:
-    results = run_ranks(_generate, 2, family)
+    results = run_ranks(_generate, 2, family, timeout=300.0)
     assert {found["cache"] for found in results} == {"static"}
     assert results[0]["tokens"] != results[1]["tokens"], "the ranks were to end at different steps"
 
