@@ -42,6 +42,9 @@ class Plan:
 class Adapter:
     """Subclass, implement both methods, and hand an instance to `register_adapter`."""
 
+    guesses = False
+    """Whether it recognizes code rather than a class; such adapters are asked where no other one knows better."""
+
     def matches(self, module: nn.Module) -> bool:
         """Whether this adapter is the one for ``module``; cheap, and must not run the module."""
         raise NotImplementedError

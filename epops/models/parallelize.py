@@ -11,7 +11,7 @@ from .. import layout
 from ..group import get_group
 from ..torch_private import fsdp_parameters
 from . import builtin, state_dict
-from .adapter import Adapter, NotUnderstoodError, Plan, refuse, registered
+from .adapter import NotUnderstoodError, Plan, refuse, registered
 from .generate import synchronize_generate
 from .gradients import remember
 from .shard import owner, shard_in_place
@@ -65,12 +65,15 @@ def _plan(model: nn.Module) -> dict[str, Plan]:
             f"epops.parallelize: model: PEFT layers lie on the routed experts ({survey.peft}); merge them first "
             "(merge_and_unload), or put the adapters on modules outside the experts"
         )
-    for name, module in model.named_modules():
-        if any(_covers(done, name) for done in plans):
-            continue
-        adapter = _first_match(adapters, module)
-        if adapter is not None:
-            plans[name] = adapter.plan(module, name)
+    # Adapters that know a class come first everywhere: a loop in an outer module must not be taken for one over its experts.
+    for guesses in (False, True):
+        asked = [adapter for adapter in adapters if adapter.guesses is guesses]
+        for name, module in model.named_modules():
+            if any(_covers(done, name) or (guesses and _covers(name, done)) for done in plans):
+                continue
+            adapter = next((adapter for adapter in asked if adapter.matches(module)), None)
+            if adapter is not None:
+                plans[name] = adapter.plan(module, name)
     left = [line for path, line in survey.experts.items() if not any(_covers(done, path) for done in plans)]
     if left:
         more = f"; and {len(left) - 4} more" if len(left) > 4 else ""
@@ -82,10 +85,6 @@ def _plan(model: nn.Module) -> dict[str, Plan]:
 
 def _covers(done: str, path: str) -> bool:
     return done == "" or path == done or path.startswith(f"{done}.")
-
-
-def _first_match(adapters: tuple[Adapter, ...], module: nn.Module) -> Adapter | None:
-    return next((adapter for adapter in adapters if adapter.matches(module)), None)
 
 
 def _shard(model: nn.Module, plans: dict[str, Plan], group: Any, grad_reduce: str) -> None:

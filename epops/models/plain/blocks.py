@@ -29,6 +29,8 @@ class ModuleExperts:
 class ModuleLoop(Adapter):
     """A ModuleList (or ModuleDict) of expert MLPs, walked in the forward of the module that holds it."""
 
+    guesses = True
+
     def matches(self, module: nn.Module) -> bool:
         return any(find(module, name) is not None for name in containers(module))
 
@@ -48,6 +50,8 @@ class ModuleLoop(Adapter):
 
 class StackedLoop(Adapter):
     """Experts stacked in 3-D parameters of a module (or of a child), walked in the module's forward."""
+
+    guesses = True
 
     def matches(self, module: nn.Module) -> bool:
         return _stacked_loop(module) is not None

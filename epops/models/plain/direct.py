@@ -22,6 +22,8 @@ from .search import local
 class DirectExperts(Adapter):
     """A module of stacked matrices, or of expert modules, called with tokens, chosen experts and weights in any order."""
 
+    guesses = True
+
     def matches(self, module: nn.Module) -> bool:
         return _arguments(module) is not None and bool(stacked.matrices(module) or _members(module))
 
