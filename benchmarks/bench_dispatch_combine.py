@@ -36,10 +36,12 @@ class Case(NamedTuple):
     wire: str = "fp8"
     layout: str = "expert"
     skew: bool = False
+    alignment: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.tokens} x {self.hidden} {self.wire} {self.layout}{' 80 % to one rank' if self.skew else ''}"
+        more = f", aligned to {self.alignment}" if self.alignment > 1 else ""
+        return f"{self.tokens} x {self.hidden} {self.wire} {self.layout}{more}{', 80 % to one rank' if self.skew else ''}"
 
 
 def routing(case: Case, rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,9 +92,8 @@ class Runner:
 
     def __init__(self, case: Case, rank: int, world: int, name: str) -> None:
         self.case, self.rank, self.world = case, rank, world
-        alignment = 16 if case.layout == "expert" else 1
         self.group = epops.ExpertGroup(
-            None, name, max_tokens=case.tokens, num_experts=EXPERTS, alignment=alignment, device="cuda", transport="nvlink"
+            None, name, max_tokens=case.tokens, num_experts=EXPERTS, alignment=case.alignment, device="cuda", transport="nvlink"
         )
         self.x = torch.randn(case.tokens, case.hidden, device="cuda").bfloat16()
         self.idx, self.weights = routing(case, rank, world)
@@ -207,18 +208,28 @@ def sweep(rank: int, world: int, tokens: list[int]) -> list[dict[str, Any]]:
         runner = Runner(Case(count), rank, world, f"sweep{number}")
         transport = runner.group.transport
         plans: dict[str, list[Plan]] = {"dispatch": [], "combine": []}
-        if count <= 1024:
-            for send in (15, 7, 5, 3, 2):
-                for recv in (15, 7, 5, 3, 2):
-                    if count > 160 or min(send, recv) >= 7:
-                        plans["dispatch"].append(Plan(128, 128, 1024, send, recv, 0, 1))
-                        plans["combine"].append(Plan(128, 128, 512, send, recv, 0, 1))
+        if count <= 160:
+            for blocks in (64, 128):
+                for parts in (15, 7, 5):
+                    plans["dispatch"].append(Plan(blocks, blocks, 1024, parts, parts, 0, 1))
+                    plans["combine"].append(Plan(min(blocks, count), min(blocks, count), 512, parts, parts, 0, 1))
+        elif count <= 1024:
+            for send in (7, 5, 3, 1):
+                for recv in (7, 3, 1):
+                    plans["dispatch"].append(Plan(128, 128, 1024, send, recv, 0, 1))
+                    plans["combine"].append(Plan(128, 128, 512, send, recv, 0, 1))
+            for senders in (64, 96):
+                plans["dispatch"].append(Plan(128, senders, 1024, 3, 1, 1, 1))
+                plans["combine"].append(Plan(128, senders, 512, 2, 1, 1, 1))
         else:
-            for senders in (32, 48):
-                for blocks in (116, 128):
-                    for send in (1, 2, 4):
-                        plans["dispatch"].append(Plan(blocks, senders, 1024, send, 1, 1, 1))
-                        plans["combine"].append(Plan(blocks, senders, 512, send, 1, 1, 1))
+            for send in (1, 2, 3):
+                for streaming in (0, 1):
+                    plans["dispatch"].append(Plan(128, 32, 1024, send, 1, 1, 1, streaming))
+                plans["combine"].append(Plan(128, 32, 512, send, 1, 1, 1))
+                plans["combine"].append(Plan(100, 32, 512, send, 1, 1, 1))
+            plans["combine"].append(Plan(128, 32, 512, 2, 2, 0, 1))
+            plans["dispatch"].append(Plan(128, 128, 1024, 1, 1, 1, 1))
+            plans["combine"].append(Plan(128, 128, 512, 1, 1, 1, 1))
         calls = 20 if count <= 512 else 4
         for op in ("dispatch", "combine"):
             for plan in plans[op]:
@@ -332,7 +343,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in result["cases"] if r["hidden"] == 7168 and r["wire"] == "fp8" and r["layout"] == "expert" and not r["skew"]]
+    rows = [r for r in result["cases"] if r["hidden"] == 7168 and r["wire"] == "fp8" and r["layout"] == "expert" and not r["skew"] and r["alignment"] == 1]
     link = result["ceilings"].get("copy_engine_gbs", 0.0)
     figure, axes = plt.subplots(figsize=(7, 4.5))
     tokens = [r["tokens"] for r in rows]
@@ -372,6 +383,7 @@ def main() -> None:
                 print(row["op"], row["tokens"], row["us"], row["plan"])
     else:
         cases = [Case(tokens) for tokens in chosen.tokens]
+        cases += [Case(tokens, alignment=16) for tokens in chosen.tokens if tokens in REACH]
         if not chosen.quick:
             for tokens in (128, 4096):
                 cases += [Case(tokens, wire="bf16"), Case(tokens, layout="rank"), Case(tokens, skew=True)]

@@ -74,7 +74,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("recv_warps", &Launch::recv_warps)
       .def_readwrite("dynamic", &Launch::dynamic)
       .def_readwrite("phases", &Launch::phases)
-      .def_readwrite("pdl", &Launch::pdl);
+      .def_readwrite("pdl", &Launch::pdl)
+      .def_readwrite("streaming", &Launch::streaming);
 
   py::class_<Quant>(m, "Quant")
       .def(py::init([] { return Quant{}; }))

@@ -34,10 +34,15 @@ struct ToPeers {
   uint64_t address;  // lane i: of the record at the i-th peer
   int num;
 
-  __device__ __forceinline__ void store(int at, bool in_row, uint4 v) const {
-    for (int i = 0; i < num; ++i) {
-      const uint64_t to = __shfl_sync(~0u, address, i);
-      if (in_row) st_16(reinterpret_cast<void*>(to + at), v);
+  // v[i] to byte at + i * step of every row, as far as rows go.
+  template <int kSteps>
+  __device__ __forceinline__ void store(int at, int step, const uint4 (&v)[kSteps]) const {
+    for (int n = 0; n < num; ++n) {
+      const uint64_t to = __shfl_sync(~0u, address, n);
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (at + i * step < p.row_bytes) st_16(reinterpret_cast<void*>(to + at + i * step), v[i]);
+      }
     }
   }
   __device__ __forceinline__ void scale(int block, bool has, uint32_t value) const {
@@ -53,10 +58,21 @@ struct ToRows {
   int row;         // lane k: row of selection k, negative without
   uint32_t valid;  // lanes that have one
 
-  __device__ __forceinline__ void store(int at, bool in_row, uint4 v) const {
+  template <int kSteps>
+  __device__ __forceinline__ void store(int at, int step, const uint4 (&v)[kSteps]) const {
     for (uint32_t left = valid; left != 0; left &= left - 1) {
       const int64_t to = __shfl_sync(~0u, row, __ffs(left) - 1);
-      if (in_row) st_16(p.rows + to * p.row_bytes + at, v);
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (at + i * step < p.row_bytes) {
+          uint8_t* address = p.rows + to * p.row_bytes + at + i * step;
+          if (p.launch.streaming) {
+            st_16_streaming(address, v[i]);
+          } else {
+            st_16(address, v[i]);
+          }
+        }
+      }
     }
   }
   __device__ __forceinline__ void scale(int block, bool has, uint32_t value) const {
@@ -86,13 +102,8 @@ struct RowBytes {
     }
   }
   template <class Sink>
-  __device__ __forceinline__ void store(int row_bytes, int at0, const Team& t, const Sink& sink) const {
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int at = at0 + i * t.parts * 512;
-      const int mine = at + static_cast<int>(threadIdx.x % 32) * 16;
-      if (at < row_bytes) sink.store(mine, mine < row_bytes, v[i]);
-    }
+  __device__ __forceinline__ void store(int at0, const Team& t, const Sink& sink) const {
+    sink.store(at0 + static_cast<int>(threadIdx.x % 32) * 16, t.parts * 512, v);
   }
 };
 
@@ -101,7 +112,7 @@ __device__ __forceinline__ void copy_rest(const uint8_t* from, int row_bytes, in
   for (; at0 < row_bytes; at0 += kSteps * t.parts * 512) {
     RowBytes<kSteps> bytes;
     bytes.load(from, row_bytes, at0, t);
-    bytes.store(row_bytes, at0, t, sink);
+    bytes.store(at0, t, sink);
   }
 }
 
@@ -124,15 +135,16 @@ __device__ __forceinline__ void quantize_row(const DispatchParams& p, const T* r
     QuantLane<T> x[kSteps];
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) x[i].load(row, at0 + i * t.parts * 512 + lane * 16, p.hidden);
+    uint4 q[kSteps];
+    float scale[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) q[i] = x[i].finish(p.quant, row_amax, &scale[i]);
+    sink.store(at0 + lane * 16, t.parts * 512, q);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int channel = at0 + i * t.parts * 512 + lane * 16;
-      if (channel - lane * 16 >= p.hidden) break;
-      float scale;
-      const uint4 q = x[i].finish(p.quant, row_amax, &scale);
-      sink.store(channel, channel < p.hidden, q);
       const bool first = p.quant.block == 0 ? channel == 0 : channel % p.quant.block == 0;
-      sink.scale(p.quant.block == 0 ? 0 : channel / p.quant.block, first && channel < p.hidden, __float_as_uint(scale));
+      sink.scale(p.quant.block == 0 ? 0 : channel / p.quant.block, first && channel < p.hidden, __float_as_uint(scale[i]));
     }
   }
 }
@@ -345,7 +357,7 @@ __device__ __forceinline__ void receive_theirs(const DispatchParams& p, const Pl
   const Landing l = land(p, s, source, entry.x);
   if (l.to_copy != 0) {
     const ToRows sink{p, l.row, l.to_copy};
-    bytes.store(p.row_bytes, t.part * 512, t, sink);
+    bytes.store(t.part * 512, t, sink);
     copy_rest<4>(from, p.row_bytes, t.part * 512 + 4 * t.parts * 512, t, sink);
     if (scaled) {
 #pragma unroll

@@ -45,6 +45,7 @@ struct Launch {
   int32_t dynamic;  // warps take tokens from a counter as they come free; only with one warp a token received
   int32_t phases;   // 1 send, 2 receive, 3 both
   int32_t pdl;
+  int32_t streaming;  // rows are stored as what is not read again soon
 };
 
 enum Layout : int32_t { kExpert = 0, kRank = 1, kBatched = 2 };

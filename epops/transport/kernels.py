@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     recv_warps: int
     dynamic: int
     pdl: int = 0
+    streaming: int = 0
 
     def launch(self, phases: int = 3) -> Any:
         made = _C.Launch()
