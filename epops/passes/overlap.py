@@ -220,4 +220,4 @@ def _half(graph: Graph, name: str, given: dict[str, Any], like: Node) -> Node:
     schema = target._schema.arguments
     args = [given[item.name] for item in schema if not item.kwarg_only]
     kwargs = {item.name: given[item.name] for item in schema if item.kwarg_only}
-    return call(graph, target, args, kwargs, like=like)
+    return call(graph, target, args, kwargs, like=like, same_value=name.endswith("_wait"))

@@ -15,13 +15,27 @@ PASSED_ON = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "par
 """Notes on a node that say where in the model it comes from; they stay right for what replaces it."""
 
 
-def call(graph: Graph, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None, *, like: Node) -> Node:
-    """Insert a call at the graph's insertion point, with the value that fakes give it and the origin of ``like``."""
+def call(
+    graph: Graph,
+    target: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    like: Node,
+    same_value: bool = False,
+) -> Node:
+    """Insert a call at the graph's insertion point, with the value that fakes give it and the origin of ``like``.
+
+    ``same_value``: what it computes is what ``like`` computes.
+    """
     node = graph.call_function(target, tuple(args), kwargs or {})
     for note in PASSED_ON:
         if note in like.meta:
             node.meta[note] = like.meta[note]
-    record_value(node, like)
+    if same_value:
+        node.meta["val"] = like.meta["val"]
+    else:
+        record_value(node, like)
     return node
 
 
