@@ -18,7 +18,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
 
 def run_setup(
-    tmp_path: Path, *, torch_cuda: str | None, nvcc: str | None, **settings: str
+    tmp_path: Path, *, torch_cuda: str | None, nvcc: str | None, pybind11: bool = True, **settings: str
 ) -> subprocess.CompletedProcess:
     """`wanted_nvcc()` and `cuda_archs()` of setup.py where torch is for ``torch_cuda`` and nvcc is of ``nvcc``."""
     torch = tmp_path / "torch"
@@ -27,6 +27,7 @@ def run_setup(
         f"class version: cuda = {torch_cuda!r}\nclass cuda:\n  device_count = staticmethod(lambda: 2)\n"
         "  get_device_capability = staticmethod(lambda gpu: (9, 0))\n"
     )
+    (tmp_path / "pybind11.py").write_text("" if pybind11 else "raise ModuleNotFoundError")
     tools = tmp_path / "bin"
     tools.mkdir()
     if nvcc is not None:
@@ -95,6 +96,12 @@ def test_a_wrong_toolchain_is_refused_with_the_remedy(
     assert done.returncode != 0
     assert re.search(says, done.stderr), done.stderr
     assert "EPOPS_BUILD_CUDA=0" in done.stderr
+
+
+def test_a_missing_pybind11_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
+    done = run_setup(tmp_path, torch_cuda="13.0", nvcc="13.0", pybind11=False)
+    assert done.returncode != 0
+    assert "needs pybind11; run: pip install pybind11 ninja" in done.stderr
 
 
 @pytest.mark.parametrize(("setting", "archs"), [("8.0;9.0", ["80", "90a"]), ("sm_100 90a", ["100", "90a"])])
