@@ -166,3 +166,13 @@ def fake_world(size: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+
+
+def below_autograd() -> Any:
+    """Context in which the dispatcher passes the autograd keys by; for calls whose gradient is somebody else's work."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def transforms_active() -> bool:
+    """Whether a transform of torch.func (vmap, grad, functionalize) is running."""
+    return torch._C._are_functorch_transforms_active()

@@ -14,7 +14,7 @@ from ..transport import Call, Swap
 from .arguments import common_arguments
 from .device_all_to_all import finish_on_device, prepare_on_device
 from .exchange import Blocks, Halves, check_group, settle, start, status_bits, wait, whole
-from .registry import bind, differentiate
+from .registry import bind, call, differentiate
 
 
 class AllToAllResult(NamedTuple):
@@ -106,7 +106,7 @@ def all_to_all(
     ([0, 1, 0, 0], [2])
     """
     a = _arguments("all_to_all", x, input_splits, output_splits, plan, **settings)
-    return AllToAllResult(*torch.ops.epops.all_to_all.default(x, input_splits, output_splits, plan, **a))
+    return AllToAllResult(*call(torch.ops.epops.all_to_all.default, x, input_splits, output_splits, plan, **a))
 
 
 def all_to_all_start(

@@ -15,7 +15,7 @@ from ..transport import Call, Swap
 from .answers import answer_blocks, expected_answers
 from .arguments import common_arguments
 from .exchange import Blocks, Halves, check_group, settle, start, status_bits, token_lists, wait, whole
-from .registry import bind, differentiate
+from .registry import bind, call, differentiate
 
 
 class CombineResult(NamedTuple):
@@ -93,7 +93,7 @@ def combine(
     """
     a = _arguments("combine", y, **settings)
     a["addend_scale"] = 1.0 if addend_scale is None else addend_scale
-    return CombineResult(*torch.ops.epops.combine.default(y, route, row_weights, addend, y_scales, **a))
+    return CombineResult(*call(torch.ops.epops.combine.default, y, route, row_weights, addend, y_scales, **a))
 
 
 def combine_start(

@@ -13,7 +13,7 @@ from .arguments import dispatch_arguments, dispatch_defaults
 from .dispatch_backward import full_arguments, gradient, save
 from .dispatch_rows import Sent, receive, results, send
 from .exchange import Halves, check_group, start, wait, whole
-from .registry import bind, differentiate
+from .registry import bind, call, differentiate
 
 
 class DispatchResult(NamedTuple):
@@ -99,7 +99,7 @@ def dispatch(
         grad_scale=grad_scale,
         lane=lane,
     )
-    return DispatchResult(*torch.ops.epops.dispatch.default(x, topk_idx, topk_weights, x_scales, **a))
+    return DispatchResult(*call(torch.ops.epops.dispatch.default, x, topk_idx, topk_weights, x_scales, **a))
 
 
 def dispatch_start(

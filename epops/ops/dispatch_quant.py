@@ -15,7 +15,7 @@ from .dispatch import DispatchResult
 from .dispatch_backward import full_arguments, gradient, save
 from .dispatch_rows import Sent, receive, results, send
 from .exchange import Halves, check_group, start, wait, whole
-from .registry import bind, differentiate
+from .registry import bind, call, differentiate
 
 _ARITHMETIC = ("quant_dtype", "block", "scale_format", "scale_math", "eps_on", "eps", "clamp")
 
@@ -46,7 +46,7 @@ def dispatch_quant(
     The gradient is straight-through: ``x`` gets the gradient of the dequantized rows (that of ``rows`` divided by their scales).
     """
     a = _quant_arguments("dispatch_quant", topk_idx, settings)
-    return DispatchResult(*torch.ops.epops.dispatch_quant.default(x, topk_idx, topk_weights, **a))
+    return DispatchResult(*call(torch.ops.epops.dispatch_quant.default, x, topk_idx, topk_weights, **a))
 
 
 def dispatch_quant_start(
