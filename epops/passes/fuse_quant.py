@@ -28,6 +28,8 @@ from .quant_formula import FP8, Quantizer, Term, Unknown, read_terms, recognize
 from .rewriting import call, closure_after, erase_unused, hoist, reshape_like
 
 RULE = "fuse_quant"
+KERNEL_BLOCKS = (0, 16, 32, 64, 128, 256, 512)
+"""Block sizes that the CUDA kernels have; they round scales by their bits, not by log2, and send rows of whole 16 bytes."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -80,6 +82,7 @@ def _quantized_after(graph: Graph, dispatch: Node, given: dict[str, Any]) -> int
         if result_users(dispatch, 1):
             raise Unknown("its empty scales are used")
         found = recognize(terms[casts[0]], tensor(rows[0]).shape[-1])
+        _require_kernel(found, tensor(rows[0]))
         outputs = _seen_outside(terms, casts, found)
         _require_unwritten(dispatch, max(outputs))
     except Unknown as reason:
@@ -166,6 +169,7 @@ def _quantized_before(graph: Graph, dispatch: Node, given: dict[str, Any]) -> in
                 continue
             try:
                 found = _read_pair(root, terms, rows, scales)
+                _require_kernel(found, tensor(rows))
                 _require_alone({dispatch, *formula}, rows, scales)
                 _require_unwritten(root, dispatch)
                 break
@@ -243,6 +247,15 @@ def _require_alone(known: set[Node], *nodes: Node) -> None:
         others = [user for user in node.users if user not in known]
         if others:
             raise Unknown(f"{node.name} is used by {others[0].name} too, so it would be computed twice")
+
+
+def _require_kernel(found: Quantizer, rows: torch.Tensor) -> None:
+    if rows.device.type != "cuda":
+        return
+    if found.block not in KERNEL_BLOCKS or rows.shape[-1] % 16 or found.scale_math.endswith("_log2"):
+        raise Unknown(
+            f"the CUDA kernels have no {found.scale_math} with blocks of {found.block} in rows of {rows.shape[-1]}"
+        )
 
 
 def _require_unwritten(first: Node, last: Node) -> None:

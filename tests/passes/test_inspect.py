@@ -38,7 +38,9 @@ def training():
 
 class Golden(TestCase):
     def test_summary(self):
-        self.assertExpectedInline(epops.inspect(block, training()).summary(), """\
+        self.assertExpectedInline(
+            epops.inspect(block, training()).summary(),
+            """\
 forward graph
   rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 1, overlap 1, keep_order 0
   bytes that leave a rank, at most: 0 before, 0 after
@@ -49,11 +51,14 @@ backward graph
   rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 0, overlap 2, keep_order 0
   bytes that leave a rank, at most: 0 before, 0 after
   %combine_backward_start runs beside %mm, %mm.1
-  %dispatch_backward_start runs beside %grouped_mm_backward_weight""")
+  %dispatch_backward_start runs beside %grouped_mm_backward_weight""",
+        )
 
     def test_text(self):
         with torch.no_grad():
-            self.assertExpectedInline(str(epops.inspect(block, blocks.inputs())), """\
+            self.assertExpectedInline(
+                str(epops.inspect(block, blocks.inputs())),
+                """\
 inference graph
   rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 1, overlap 1, keep_order 0
   bytes that leave a rank, at most: 0 before, 0 after
@@ -86,7 +91,8 @@ after:
   %grouped_mm: f32[16, 16] = epops.grouped_mm(%dispatch_wait.rows, %input.3, %dispatch_wait.expert_ends)
   %relu: f32[5, 16] = relu(%mm)
   %combine: out f32[5, 16] = epops.combine(%grouped_mm, %dispatch_wait.route, %dispatch_wait.row_weights, %relu, group=ep, layout=expert, out_dtype=f32)
-  return [%combine.out]""")
+  return [%combine.out]""",
+            )
 
 
 def test_the_text_is_the_same_on_every_run():
