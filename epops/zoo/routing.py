@@ -23,8 +23,9 @@ def watch(model: Any) -> Iterator[list[Tensor]]:
         heard.append(args[1].detach().sort(dim=-1).values)
 
     def said(_: Any, __: Any, answer: Any) -> None:
-        leaves = torch.utils._pytree.tree_leaves(answer)
-        heard.extend(t.detach().clone() for t in leaves if isinstance(t, Tensor) and not t.dtype.is_floating_point)
+        # Ids and masks as they are; of weights, which are zero: routers that return (T, E) weights zero what is not chosen.
+        leaves = [t.detach() for t in torch.utils._pytree.tree_leaves(answer) if isinstance(t, Tensor)]
+        heard.extend(t == 0 if t.dtype.is_floating_point else t.clone() for t in leaves)
 
     handles = [m.register_forward_pre_hook(asked) for m in model.modules() if hasattr(type(m), "_apply_gate")]
     if not handles:

@@ -12,11 +12,11 @@ import torch
 
 from epops import zoo
 from epops.zoo import check
-from epops.zoo.tweaks import NO_GENERATE
 
 from ..ranks import RankError, run_ranks
 
-GENERATE = sorted(set(zoo.MAIN) | (set(zoo.families(False)) - set(NO_GENERATE)))
+GENERATE = zoo.families(False)
+"""Families with experts of their own; tests/seam has the five of the issue."""
 
 
 def _gradients(rank: int, size: int, family: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def test_outputs_and_gradients(family: str) -> None:
     assert_equal_within_limits(run_ranks(_gradients, 2, family, torch.float32, timeout=300.0))
 
 
-@pytest.mark.parametrize("family", zoo.MAIN)
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "dbrx"])
 def test_experts_that_ranks_do_not_divide(family: str) -> None:
     assert_equal_within_limits(run_ranks(_gradients, 4, family, torch.float32, timeout=300.0))
 
