@@ -55,6 +55,7 @@ def private_store(prefix: str) -> Any:
 
     return dist.PrefixStore(prefix, distributed_c10d._get_default_store())
 
+
 def graphs_backend(seen: Any, *, run: bool) -> Any:
     """A backend for torch.compile that goes Inductor's way to where its passes after autograd begin, and stops there.
 
