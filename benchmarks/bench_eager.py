@@ -7,7 +7,8 @@ transport takes the op over (`transport.base.Transport`: a method named like the
 before, so that nothing else is left.  ``whole call``: the same with the transport's real work; on a CPU that is the reference in
 plain torch, on a GPU the kernels, whose end is not waited for.
 
-Each figure is the fastest of many short batches of calls, so that other processes of the machine are in none of them.
+Each figure is the fastest of many short batches of calls, so that other processes of the machine are in none of them (they
+still take their share of caches and of a core's second thread: ``torch.empty(1)`` measured alike says how busy it was).
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ def main() -> None:
                 "dtype": "bfloat16",
             },
             "limit_us": LIMIT,
+            "torch_empty_us": round(fastest(lambda: torch.empty(1), calls=5, seconds=options.seconds), 2),
             "results": rows,
         }
     table = Table(
@@ -129,6 +131,7 @@ def main() -> None:
         colour = "green" if ours <= LIMIT else "red"
         table.add_row(row["op"], row["mode"], f"[{colour}]{ours}[/]", str(row["whole_call_us"]))
     Console().print(table)
+    print(f"torch.empty(1): {found['torch_empty_us']} µs")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"eager_{group.device.type}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
