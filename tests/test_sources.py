@@ -55,7 +55,8 @@ def test_nothing_is_marked_unfinished_and_no_path_of_a_machine_is_named(path: Pa
 def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
     assert path.stem not in ("utils", "common", "helpers", "misc"), "name a file after what is in it"
     lines = len(path.read_text().splitlines())
-    assert lines <= 500, f"{lines} lines: split it where it falls apart naturally"
+    most = 600 if path.suffix == ".cu" else 500  # a kernel stays together with its launcher and its instantiations
+    assert lines <= most, f"{lines} lines: split it where it falls apart naturally"
 
 
 def host_syncs(path: Path) -> list[str]:
