@@ -41,7 +41,9 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         more = f", aligned to {self.alignment}" if self.alignment > 1 else ""
-        return f"{self.tokens} x {self.hidden} {self.wire} {self.layout}{more}{', 80 % to one rank' if self.skew else ''}"
+        return (
+            f"{self.tokens} x {self.hidden} {self.wire} {self.layout}{more}{', 80 % to one rank' if self.skew else ''}"
+        )
 
 
 def routing(case: Case, rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +95,13 @@ class Runner:
     def __init__(self, case: Case, rank: int, world: int, name: str) -> None:
         self.case, self.rank, self.world = case, rank, world
         self.group = epops.ExpertGroup(
-            None, name, max_tokens=case.tokens, num_experts=EXPERTS, alignment=case.alignment, device="cuda", transport="nvlink"
+            None,
+            name,
+            max_tokens=case.tokens,
+            num_experts=EXPERTS,
+            alignment=case.alignment,
+            device="cuda",
+            transport="nvlink",
         )
         self.x = torch.randn(case.tokens, case.hidden, device="cuda").bfloat16()
         self.idx, self.weights = routing(case, rank, world)
@@ -147,7 +155,9 @@ def measure(case: Case, rank: int, world: int, number: int) -> dict[str, Any]:
     made["combine_us"] = graph_time(runner.combine, calls)
     made["dispatch_bytes"], made["combine_bytes"] = runner.wire_bytes()
     made["workspace_mib"] = runner.group.transport.workspace_bytes / 2**20
-    made["plan"] = {op: runner.group.transport.plan(op, case.tokens, case.hidden)._asdict() for op in ("dispatch", "combine")}
+    made["plan"] = {
+        op: runner.group.transport.plan(op, case.tokens, case.hidden)._asdict() for op in ("dispatch", "combine")
+    }
     runner.close()
     return made
 
@@ -223,8 +233,7 @@ def sweep(rank: int, world: int, tokens: list[int]) -> list[dict[str, Any]]:
                 plans["combine"].append(Plan(128, senders, 512, 2, 1, 1, 1))
         else:
             for send in (1, 2, 3):
-                for streaming in (0, 1):
-                    plans["dispatch"].append(Plan(128, 32, 1024, send, 1, 1, 1, streaming))
+                plans["dispatch"].append(Plan(128, 32, 1024, send, 1, 1, 1))
                 plans["combine"].append(Plan(128, 32, 512, send, 1, 1, 1))
                 plans["combine"].append(Plan(100, 32, 512, send, 1, 1, 1))
             plans["combine"].append(Plan(128, 32, 512, 2, 2, 0, 1))
@@ -319,12 +328,14 @@ def facts(world: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     link = result["ceilings"].get("copy_engine_gbs", 0.0)
     lines = [
-        f"{result['facts']['gpus']} x {result['facts']['gpu']}, torch {result['facts']['torch']}, driver {result['facts']['driver']}, "
+        f"{result['facts']['gpus']} x {result['facts']['gpu']}, torch {result['facts']['torch']}, "
+        f"driver {result['facts']['driver']}, "
         f"{result['facts']['date']}, commit {result['facts']['commit']}",
         f"command: {result['facts']['command']}",
         "ceilings: " + ", ".join(f"{name} {value:.1f}" for name, value in result["ceilings"].items()),
         "",
-        "| tokens a rank x hidden, wire, layout | pair us | dispatch us | combine us | wire MB out, back | of the link | peer MiB |",
+        "| tokens a rank x hidden, wire, layout | pair us | dispatch us | combine us | wire MB out, back "
+        "| of the link | peer MiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["cases"]:
@@ -343,18 +354,42 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in result["cases"] if r["hidden"] == 7168 and r["wire"] == "fp8" and r["layout"] == "expert" and not r["skew"] and r["alignment"] == 1]
+    rows = [
+        r
+        for r in result["cases"]
+        if r["hidden"] == 7168
+        and r["wire"] == "fp8"
+        and r["layout"] == "expert"
+        and not r["skew"]
+        and r["alignment"] == 1
+    ]
     link = result["ceilings"].get("copy_engine_gbs", 0.0)
     figure, axes = plt.subplots(figsize=(7, 4.5))
     tokens = [r["tokens"] for r in rows]
     axes.plot(tokens, [r["pair_us"] for r in rows], "o-", label="epops, dispatch + combine")
     nccl = [(t, result["ceilings"].get(f"nccl_pair_{t}_us")) for t in tokens]
-    axes.plot([t for t, v in nccl if v], [v for _, v in nccl if v], "s--", label="nccl all_to_all_single, out + back, no routing")
-    axes.plot([t for t in tokens if t in PEER], [PEER[t] for t in tokens if t in PEER], "^:", label="best other kernels (measured before)")
+    axes.plot(
+        [t for t, v in nccl if v],
+        [v for _, v in nccl if v],
+        "s--",
+        label="nccl all_to_all_single, out + back, no routing",
+    )
+    axes.plot(
+        [t for t in tokens if t in PEER],
+        [PEER[t] for t in tokens if t in PEER],
+        "^:",
+        label="best other kernels (measured before)",
+    )
     if link:
         floor = [(r["dispatch_bytes"] + r["combine_bytes"]) / link / 1000 for r in rows]
         axes.plot(tokens, floor, "k-", linewidth=0.8, label=f"wire floor at {link:.0f} GB/s")
-    axes.set(xscale="log", yscale="log", xlabel="tokens a rank", ylabel="microseconds a pair", title="fp8 out, bf16 back, hidden 7168, top-8")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens a rank",
+        ylabel="microseconds a pair",
+        title="fp8 out, bf16 back, hidden 7168, top-8",
+    )
     axes.legend(fontsize=8)
     axes.grid(True, which="both", alpha=0.3)
     figure.tight_layout()
@@ -367,7 +402,9 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 128, 512, 1024, 2048, 4096])
     arguments.add_argument("--quick", action="store_true", help="the figures of the table alone")
     arguments.add_argument("--sweep", action="store_true", help="launch plans instead of cases")
-    arguments.add_argument("--trace", action="store_true", help="phases inside the kernels; needs a build with -DEPOPS_TRACE")
+    arguments.add_argument(
+        "--trace", action="store_true", help="phases inside the kernels; needs a build with -DEPOPS_TRACE"
+    )
     arguments.add_argument("--no-ceilings", action="store_true")
     chosen = arguments.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -387,7 +424,7 @@ def main() -> None:
         if not chosen.quick:
             for tokens in (128, 4096):
                 cases += [Case(tokens, wire="bf16"), Case(tokens, layout="rank"), Case(tokens, skew=True)]
-                cases += [Case(tokens, hidden=2048), Case(tokens, hidden=2880 if tokens == 128 else 2880, wire="bf16")]
+                cases += [Case(tokens, hidden=2048), Case(tokens, hidden=2880, wire="bf16")]
         result: dict[str, Any] = {"facts": facts(world), "ceilings": {}, "cases": []}
         if not chosen.no_ceilings:
             result["ceilings"] = ceilings(rank, world)
@@ -395,7 +432,10 @@ def main() -> None:
             result["cases"].append(measure(case, rank, world, number))
             if rank == 0:
                 row = result["cases"][-1]
-                print(f"{row['case']}: {row['pair_us']:.1f} = {row['dispatch_us']:.1f} + {row['combine_us']:.1f} us", flush=True)
+                print(
+                    f"{row['case']}: {row['pair_us']:.1f} = {row['dispatch_us']:.1f} + {row['combine_us']:.1f} us",
+                    flush=True,
+                )
         if rank == 0:
             chosen.out.mkdir(parents=True, exist_ok=True)
             (chosen.out / "dispatch_combine.json").write_text(json.dumps(result, indent=1) + "\n")

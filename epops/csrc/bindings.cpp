@@ -1,5 +1,5 @@
-// The pybind11 module epops._C: parameter structs as Python objects, and the launches. No torch headers: tensors come as
-// addresses, streams as integers, so one build serves every torch of the same CUDA major version.
+// The pybind11 module epops._C: parameter structs as Python objects, and the launches. No torch headers: tensors come
+// as addresses, streams as integers, so one build serves every torch of the same CUDA major version.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -21,8 +21,8 @@ namespace {
 
 void check(int error, const char* op) {
   if (error == cudaSuccess) return;
-  std::string text = std::string("epops.") + op + ": the kernel could not be launched: " +
-                     cudaGetErrorString(static_cast<cudaError_t>(error));
+  std::string text = std::string("epops.") + op +
+                     ": the kernel could not be launched: " + cudaGetErrorString(static_cast<cudaError_t>(error));
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     text += std::string("; epops was built for ") + EPOPS_CUDA_ARCHS +
             ", not for this GPU: build it again on this machine, or with EPOPS_CUDA_ARCHS";
@@ -33,7 +33,7 @@ void check(int error, const char* op) {
 
 // An address member as an int in Python; None is null.
 template <class C, class T>
-void address(py::class_<C>& cls, const char* name, T* C::*member) {
+void address(py::class_<C>& cls, const char* name, T* C::* member) {
   cls.def_property(
       name, [member](const C& self) { return reinterpret_cast<uintptr_t>(self.*member); },
       [member](C& self, uintptr_t value) { self.*member = reinterpret_cast<T*>(value); });
@@ -74,8 +74,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("recv_warps", &Launch::recv_warps)
       .def_readwrite("dynamic", &Launch::dynamic)
       .def_readwrite("phases", &Launch::phases)
-      .def_readwrite("pdl", &Launch::pdl)
-      .def_readwrite("streaming", &Launch::streaming);
+      .def_readwrite("pdl", &Launch::pdl);
 
   py::class_<Quant>(m, "Quant")
       .def(py::init([] { return Quant{}; }))

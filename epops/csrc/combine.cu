@@ -1,9 +1,10 @@
 // combine: a token's rows summed on their rank, one answer a (token, rank) sent back, answers summed in rank order.
 //
-// One kernel. Sending blocks: for each token of each peer read its rows here, weight and add them in float32 in the order of
-// k, store the sum in the output's type into the slot (this rank, token) of the peer; the poster releases a flag a token. All
-// blocks: own rows are summed the same way without travelling, then answers are added, rank 0 first, as their flags come; the
-// scale, the addend and the cast are part of that pass. Gradients of routing weights may travel beside the answers.
+// One kernel. Sending blocks: for each token of each peer read its rows here, weight and add them in float32 in the
+// order of k, store the sum in the output's type into the slot (this rank, token) of the peer; the poster releases a
+// flag a token. All blocks: own rows are summed the same way without travelling, then answers are added, rank 0 first,
+// as their flags come; the scale, the addend and the cast are part of that pass. Gradients of routing weights may
+// travel beside the answers.
 #include "launch.cuh"
 #include "route.cuh"
 #include "team.cuh"
@@ -29,6 +30,7 @@ __device__ __forceinline__ TokenRows token_rows(const CombineParams& p, int row_
   uint32_t valid = __ballot_sync(~0u, row_of_selection >= 0);
   if (p.rank_layout) valid &= -valid;  // one row, whatever K is
   TokenRows rows{-1, 1.f, __popc(valid)};
+#pragma unroll 1
   for (int i = 0; valid != 0; ++i, valid &= valid - 1) {
     const int row = __shfl_sync(~0u, row_of_selection, __ffs(valid) - 1);
     if (lane == i) rows.row = row;
@@ -37,14 +39,14 @@ __device__ __forceinline__ TokenRows token_rows(const CombineParams& p, int row_
   return rows;
 }
 
-// Sums a token's rows piece by piece, a piece being 256 channels a warp, kSteps of them at once. Rows come through shared
-// memory, kStages - 1 steps ahead, so that enough bytes are on their way whatever the registers hold. A step is up to
-// kRowsAhead rows of one piece. A lane reads only what it asked for itself.
+// Sums a token's rows piece by piece, a piece being 256 channels a warp, kSteps of them at once. Rows come through
+// shared memory, kStages - 1 steps ahead, so that enough bytes are on their way whatever the registers hold. A step is
+// up to kRowsAhead rows of one piece. A lane reads only what it asked for itself.
 template <class In, int kSteps>
 struct RowSums {
   const CombineParams& p;
   const TokenRows& rows;
-  uint8_t* ring;  // this warp's, kWarpBytes
+  uint8_t* ring;                          // this warp's, kWarpBytes
   int first, stride, batches, num_steps;  // first channel of the lane; channels from piece to piece
 
   __device__ __forceinline__ RowSums(const CombineParams& p, const TokenRows& rows, const Team& t, uint8_t* ring)
@@ -82,8 +84,8 @@ struct RowSums {
     }
     cp_async_commit();
   }
-  // sums[i]: channels [first + (piece * kSteps + i) * stride, + 8). Pieces must be taken in order. Products and sums are
-  // rounded one by one, as the reference's are.
+  // sums[i]: channels [first + (piece * kSteps + i) * stride, + 8). Pieces must be taken in order. Products and sums
+  // are rounded one by one, as the reference's are.
   __device__ __forceinline__ void piece(int number, Eight (&sums)[kSteps]) const {
     const bool weighted = p.row_weights != nullptr;
 #pragma unroll
@@ -91,6 +93,7 @@ struct RowSums {
 #pragma unroll
       for (int c = 0; c < 8; ++c) sums[i].v[c] = 0.f;
     }
+#pragma unroll 1
     for (int batch = 0; batch < batches; ++batch) {
       const int step = number * batches + batch;
       ask(step + kStages - 1);
@@ -125,8 +128,8 @@ constexpr int steps_of() {
 }
 
 template <class In, class Out>
-__device__ __forceinline__ void send_token(const CombineParams& p, const Op& op, const Team& t, const Route& route, int peer,
-                                           int token, uint8_t* ring) {
+__device__ __forceinline__ void send_token(const CombineParams& p, const Op& op, const Team& t, const Route& route,
+                                           int peer, int token, uint8_t* ring) {
   constexpr int kSteps = steps_of<In, Out>();
   const int lane = threadIdx.x % 32;
   const int row = route.row(peer, token, lane);
@@ -138,6 +141,7 @@ __device__ __forceinline__ void send_token(const CombineParams& p, const Op& op,
         make_uint2(__float_as_uint(weight_gradient(p, row, lane)), 0);
   }
   uint8_t* to = record(p.ws, peer, op.parity, p.ws.rank, token, p.max_tokens, p.record_bytes);
+#pragma unroll 1
   for (int piece = 0; t.part * 256 + piece * kSteps * sums.stride < p.hidden; ++piece) {
     Eight values[kSteps];
     sums.piece(piece, values);
@@ -155,8 +159,7 @@ __device__ __forceinline__ void send_token(const CombineParams& p, const Op& op,
 
 template <class In, class Out>
 __device__ __forceinline__ void send_all(const CombineParams& p, const Op& op, const Team& t, const Route& route,
-                                         const Outbox& outbox, uint8_t* ring,
-                                         const uint8_t* gone) {
+                                         const Outbox& outbox, uint8_t* ring, const uint8_t* gone) {
   const int others = p.ws.num_ranks - 1, all = p.max_tokens * others;
   // Token by token over all peers, and over blocks: what a peer adds up first is sent first.
   const int num = all > static_cast<int>(blockIdx.x) ? (all - 1 - blockIdx.x) / p.launch.num_senders + 1 : 0;
@@ -175,6 +178,7 @@ __device__ __forceinline__ void send_all(const CombineParams& p, const Op& op, c
     });
     trace(4);
   } else if (t.id >= 0) {
+#pragma unroll 1
     for (int item = t.id; item < num; item += t.num_teams) {
       outbox.begin(item);
       send_token<In, Out>(p, op, t, route, peer_of(item), token_of(item), ring);
@@ -208,6 +212,7 @@ __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& 
       source >= 0 && source != me
           ? reinterpret_cast<uint64_t>(record(p.ws, me, op.parity, source, token, p.max_tokens, p.record_bytes))
           : 0;
+#pragma unroll 1
   for (int piece = 0; t.part * 256 + piece * kSteps * sums.stride < p.hidden; ++piece) {
     const int channel = sums.first + piece * kSteps * sums.stride;
     Raw8<Out> raw[kAnswers][kSteps];
@@ -231,7 +236,8 @@ __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& 
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
         const int at = channel + i * sums.stride;
-        if (at < p.hidden) addend[i].load(static_cast<const Out*>(p.addend) + static_cast<int64_t>(token) * p.hidden + at);
+        if (at < p.hidden)
+          addend[i].load(static_cast<const Out*>(p.addend) + static_cast<int64_t>(token) * p.hidden + at);
       }
     }
     Raw8<Out> here[kSteps];
@@ -247,6 +253,7 @@ __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& 
 #pragma unroll
       for (int c = 0; c < 8; ++c) total[i].v[c] = 0.f;
     }
+#pragma unroll 1
     for (int first = 0; first < num; first += kAnswers) {
       if (first != 0) load_answers(first);
 #pragma unroll
@@ -286,6 +293,7 @@ __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& 
   if (p.grad_row_weights != nullptr && t.part == 0) {
     // The rank of selection k is lost when its answer is: find it among those that came.
     bool came = rank == me;
+#pragma unroll 1
     for (int i = 0; i < num; ++i) {
       const int answered = __shfl_sync(~0u, source, i);
       came = came || answered == rank;
@@ -307,6 +315,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
   __shared__ uint32_t done[kOutbox];
   __shared__ int32_t posted, failed;
   __shared__ uint8_t gone[kMaxRanks];  // dead when the op began; a wait notices later deaths
+#pragma unroll 1
   for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) done[i] = 0;
   if (threadIdx.x == 0) posted = failed = 0;
   if (threadIdx.x < 32) trace(0);
@@ -323,12 +332,15 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
     const int64_t own = min(static_cast<int>(blockIdx.x), p.num_tokens);
     const int64_t words[3] = {at + (peer * p.max_tokens + token) * p.top_k, at + me * int64_t{p.max_tokens} * p.top_k,
                               own * p.top_k};
-    const int64_t word = threadIdx.x == 0 ? words[0] : threadIdx.x == 1 ? words[1] + min(own, token) * p.top_k : words[2];
+    const int64_t word = threadIdx.x == 0   ? words[0]
+                         : threadIdx.x == 1 ? words[1] + min(own, token) * p.top_k
+                                            : words[2];
     touched = touch(p.route + 32 + p.ws.num_ranks + word, 4, 0);
   }
   const Op op = begin_op(p.ws);
   const Team sending = my_team(p.launch.send_warps), t = my_team(p.launch.recv_warps);
   const Route route(p);
+#pragma unroll 1
   for (int rank = threadIdx.x; rank < p.ws.num_ranks; rank += blockDim.x) gone[rank] = is_dead(p.ws, rank);
   uint8_t* ring = rings + threadIdx.x / 32 * kWarpBytes;
   __syncthreads();
@@ -336,6 +348,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
   if (threadIdx.x < 32) trace(2);
   if ((p.launch.phases & 1) != 0 && !op.excluded && blockIdx.x < p.launch.num_senders) {
     if (blockIdx.x == 0 && t.poster) {
+#pragma unroll 1
       for (int peer = threadIdx.x % 32; peer < p.ws.num_ranks; peer += 32) {
         if (route.takes_part(p.ws, peer)) {
           post_header(p.ws, op, peer, p.num_tokens, p.call_hash, route.good ? 0 : kBadRoute);
@@ -350,6 +363,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
   }
   if (t.id >= 0) {
     Turns turns(p.launch, t, &control(p.ws, p.ws.rank)->work[op.parity]);
+#pragma unroll 1
     for (int token = turns.take(); token < p.num_tokens; token = turns.take()) {
       receive_token<In, Out>(p, op, t, route, token, ring, gone, &failed);
     }

@@ -1,8 +1,8 @@
 // The gradient of combine: each token's gradient to the rows that answered it, over a route that is known already.
 //
-// One kernel, dispatch without placement: the route on the sender says which ranks a token goes to, the route on the receiver
-// which rows it belongs to. The receiver multiplies by the row's weight and, for the gradient of that weight, by the row.
-// One warp a token throughout, so that the dot product has one fixed order.
+// One kernel, dispatch without placement: the route on the sender says which ranks a token goes to, the route on the
+// receiver which rows it belongs to. The receiver multiplies by the row's weight and, for the gradient of that weight,
+// by the row. One warp a token throughout, so that the dot product has one fixed order.
 #include "launch.cuh"
 #include "route.cuh"
 #include "team.cuh"
@@ -16,10 +16,12 @@ __device__ __forceinline__ void send_token(const ScatterParams& p, const Op& op,
   const int lane = threadIdx.x % 32, me = p.ws.rank;
   int peer;
   const int num = distinct_ranks(route.rank(token, lane), &peer);
-  const uint64_t mine = lane < num && peer != me ? reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token,
-                                                                                    p.max_tokens, p.record_bytes))
-                                                 : 0;
+  const uint64_t mine =
+      lane < num && peer != me
+          ? reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token, p.max_tokens, p.record_bytes))
+          : 0;
   const G* from = static_cast<const G*>(p.grad_out) + static_cast<int64_t>(token) * p.hidden;
+#pragma unroll 1
   for (int channel0 = 0; channel0 < p.hidden; channel0 += 512) {
     Raw8<G> raw[2];
 #pragma unroll
@@ -27,6 +29,7 @@ __device__ __forceinline__ void send_token(const ScatterParams& p, const Op& op,
       const int channel = channel0 + i * 256 + lane * 8;
       if (channel < p.hidden) raw[i].load(from + channel);
     }
+#pragma unroll 1
     for (int n = 0; n < num; ++n) {
       const uint64_t to = __shfl_sync(~0u, mine, n);
       if (to == 0) continue;
@@ -40,8 +43,8 @@ __device__ __forceinline__ void send_token(const ScatterParams& p, const Op& op,
 }
 
 template <class G, class Y>
-__device__ __forceinline__ void receive_token(const ScatterParams& p, const Op& op, const Route& route, int source, int token,
-                                              int row_of_selection) {
+__device__ __forceinline__ void receive_token(const ScatterParams& p, const Op& op, const Route& route, int source,
+                                              int token, int row_of_selection) {
   const int lane = threadIdx.x % 32;
   uint32_t valid = __ballot_sync(~0u, row_of_selection >= 0);
   if (p.rank_layout) valid &= -valid;
@@ -49,6 +52,7 @@ __device__ __forceinline__ void receive_token(const ScatterParams& p, const Op& 
       source == p.ws.rank
           ? reinterpret_cast<const uint8_t*>(static_cast<const G*>(p.grad_out) + static_cast<int64_t>(token) * p.hidden)
           : record(p.ws, p.ws.rank, op.parity, source, token, p.max_tokens, p.record_bytes);
+#pragma unroll 1
   for (; valid != 0; valid &= valid - 1) {
     const int row = __shfl_sync(~0u, row_of_selection, __ffs(valid) - 1);
     const float weight = p.row_weights != nullptr ? p.row_weights[row] : 1.f;
@@ -76,14 +80,17 @@ __device__ __forceinline__ void receive_token(const ScatterParams& p, const Op& 
         for (int c = 0; c < 8; ++c) dot += values.v[c] * wide.v[c];
       }
     }
+#pragma unroll 1
     for (int step = 16; step > 0; step >>= 1) dot += __shfl_xor_sync(~0u, dot, step);
     if (p.grad_row_weights != nullptr && lane == 0) p.grad_row_weights[row] = dot;
   }
 }
 
 // Flags of a block's items [first, first + count) to the peers that have a row of the token: others do not wait for it.
-__device__ __forceinline__ void tell_peers(const ScatterParams& p, const Op& op, const Route& route, int first, int count) {
+__device__ __forceinline__ void tell_peers(const ScatterParams& p, const Op& op, const Route& route, int first,
+                                           int count) {
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int item = first; item < first + count; ++item) {
     const int token = item * p.launch.num_senders + static_cast<int>(blockIdx.x);
     int peer;
@@ -98,6 +105,7 @@ template <class G, class Y>
 __global__ void __launch_bounds__(kCombineThreads, 1) scatter_kernel(const __grid_constant__ ScatterParams p) {
   __shared__ uint32_t done[kOutbox];
   __shared__ int32_t posted, failed;
+#pragma unroll 1
   for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) done[i] = 0;
   if (threadIdx.x == 0) posted = failed = 0;
   wait_for_earlier_kernels();
@@ -109,9 +117,11 @@ __global__ void __launch_bounds__(kCombineThreads, 1) scatter_kernel(const __gri
   __syncthreads();
   if ((p.launch.phases & 1) != 0 && !op.excluded && blockIdx.x < p.launch.num_senders) {
     const Outbox outbox{done, &posted};
-    const int num = p.num_tokens > static_cast<int>(blockIdx.x) ? (p.num_tokens - 1 - blockIdx.x) / p.launch.num_senders + 1 : 0;
+    const int num =
+        p.num_tokens > static_cast<int>(blockIdx.x) ? (p.num_tokens - 1 - blockIdx.x) / p.launch.num_senders + 1 : 0;
     if (t.poster) {
       if (blockIdx.x == 0) {
+#pragma unroll 1
         for (int peer = lane; peer < num_ranks; peer += 32) {
           if (route.takes_part(p.ws, peer)) {
             post_header(p.ws, op, peer, p.num_tokens, p.call_hash, route.good ? 0 : kBadRoute);
@@ -120,6 +130,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) scatter_kernel(const __gri
       }
       outbox.post(num, t.parts, [&](int first, int count) { tell_peers(p, op, route, first, count); });
     } else if (t.id >= 0) {
+#pragma unroll 1
       for (int item = t.id; item < num; item += t.num_teams) {
         outbox.begin(item);
         send_token<G>(p, op, route, item * p.launch.num_senders + static_cast<int>(blockIdx.x));
@@ -133,6 +144,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) scatter_kernel(const __gri
   }
   if (t.id >= 0) {
     Turns turns(p.launch, t, &control(p.ws, me)->work[op.parity]);
+#pragma unroll 1
     for (int item = turns.take(); item < p.max_tokens * num_ranks; item = turns.take()) {
       const int source = (me + item / p.max_tokens) % num_ranks, token = item % p.max_tokens;
       const int row = route.row(source, token, lane);

@@ -1,10 +1,10 @@
 // dispatch: token rows to the ranks of their experts, grouped as they arrive.
 //
-// One kernel. Sending blocks: count selections, post counts and header to the peers, then store each row once a destination
-// into the slot that belongs to (this rank, token) there, with its entries (slot, position, weight a selection); the poster
-// releases a flag a token. All blocks: wait for everybody's counts, from which every row's place follows, write what follows
-// from counts alone, and copy each row to its places as its flag comes. Own rows never travel: they are read, and quantized,
-// from x. Sending waits for nothing, so blocks need not be resident together.
+// One kernel. Sending blocks: count selections, post counts and header to the peers, then store each row once a
+// destination into the slot that belongs to (this rank, token) there, with its entries (slot, position, weight a
+// selection); the poster releases a flag a token. All blocks: wait for everybody's counts, from which every row's place
+// follows, write what follows from counts alone, and copy each row to its places as its flag comes. Own rows never
+// travel: they are read, and quantized, from x. Sending waits for nothing, so blocks need not be resident together.
 #include "launch.cuh"
 #include "placement.cuh"
 #include "values.cuh"
@@ -14,7 +14,8 @@ namespace {
 
 constexpr uint32_t kNoEntry = 0xffffffffu;  // .x of an entry: slot << 20 | position; .y: the weight
 
-// ---- where a row goes: slots of peers, or rows of the result. All lanes of a warp call `store` and `scale` ---------------
+// ---- where a row goes: slots of peers, or rows of the result. All lanes of a warp call `store` and `scale`
+// ---------------
 
 __device__ __forceinline__ void store_scale(uint8_t* to, int64_t index, int bytes, uint32_t value) {
   if (bytes == 4) {
@@ -29,67 +30,50 @@ __device__ __forceinline__ uint32_t load_scale(const uint8_t* from, int64_t inde
                     : *reinterpret_cast<const volatile uint8_t*>(from + index);
 }
 
-struct ToPeers {
-  const DispatchParams& p;
-  uint64_t address;  // lane i: of the record at the i-th peer
-  int num;
+// The same bytes to several places: slots of peers, or rows of the result. The lanes of `lanes` hold one address each.
+struct Copies {
+  uint64_t row, scales;
+  uint32_t lanes;
+  int scale_bytes;     // of one scale there, 4 or 1
+  int64_t scale_step;  // bytes from scale to scale
+  bool exponent;       // float32 arrives, UE8M0 is kept
 
   // v[i] to byte at + i * step of every row, as far as rows go.
   template <int kSteps>
-  __device__ __forceinline__ void store(int at, int step, const uint4 (&v)[kSteps]) const {
-    for (int n = 0; n < num; ++n) {
-      const uint64_t to = __shfl_sync(~0u, address, n);
+  __device__ __forceinline__ void store(int at, int step, int row_bytes, const uint4 (&v)[kSteps]) const {
+#pragma unroll 1
+    for (uint32_t left = lanes; left != 0; left &= left - 1) {
+      const uint64_t to = __shfl_sync(~0u, row, __ffs(left) - 1) + at;
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
-        if (at + i * step < p.row_bytes) st_16(reinterpret_cast<void*>(to + at + i * step), v[i]);
+        if (at + i * step < row_bytes) st_16(reinterpret_cast<void*>(to + i * step), v[i]);
       }
     }
   }
   __device__ __forceinline__ void scale(int block, bool has, uint32_t value) const {
-    for (int i = 0; i < num; ++i) {
-      const uint64_t to = __shfl_sync(~0u, address, i);
-      if (has) store_scale(reinterpret_cast<uint8_t*>(to + p.row_bytes), block, p.wire_scale_bytes, value);
+    if (exponent) value = value >> 23 & 0xff;
+#pragma unroll 1
+    for (uint32_t left = lanes; left != 0; left &= left - 1) {
+      const uint64_t to = __shfl_sync(~0u, scales, __ffs(left) - 1);
+      if (has) store_scale(reinterpret_cast<uint8_t*>(to + block * scale_step), 0, scale_bytes, value);
     }
   }
 };
 
-struct ToRows {
-  const DispatchParams& p;
-  int row;         // lane k: row of selection k, negative without
-  uint32_t valid;  // lanes that have one
+__device__ __forceinline__ Copies to_rows(const DispatchParams& p, int row, uint32_t lanes) {
+  return Copies{reinterpret_cast<uint64_t>(p.rows) + static_cast<int64_t>(row) * p.row_bytes,
+                reinterpret_cast<uint64_t>(p.scales) + row * p.out_scale_row_stride * p.out_scale_bytes,
+                lanes,
+                p.out_scale_bytes,
+                p.out_scale_block_stride * p.out_scale_bytes,
+                p.x_dtype != kBytes && p.quant.format == kUe8m0};
+}
 
-  template <int kSteps>
-  __device__ __forceinline__ void store(int at, int step, const uint4 (&v)[kSteps]) const {
-    for (uint32_t left = valid; left != 0; left &= left - 1) {
-      const int64_t to = __shfl_sync(~0u, row, __ffs(left) - 1);
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        if (at + i * step < p.row_bytes) {
-          uint8_t* address = p.rows + to * p.row_bytes + at + i * step;
-          if (p.launch.streaming) {
-            st_16_streaming(address, v[i]);
-          } else {
-            st_16(address, v[i]);
-          }
-        }
-      }
-    }
-  }
-  __device__ __forceinline__ void scale(int block, bool has, uint32_t value) const {
-    // float32 travels where this op quantizes; UE8M0 is its exponent
-    if (p.x_dtype != kBytes && p.quant.format == kUe8m0) value = value >> 23 & 0xff;
-    for (uint32_t left = valid; left != 0; left &= left - 1) {
-      const int64_t to = __shfl_sync(~0u, row, __ffs(left) - 1);
-      if (has) {
-        store_scale(p.scales, to * p.out_scale_row_stride + block * p.out_scale_block_stride, p.out_scale_bytes, value);
-      }
-    }
-  }
-};
+// ---- where a row comes from
+// -----------------------------------------------------------------------------------------------
 
-// ---- where a row comes from -----------------------------------------------------------------------------------------------
-
-// A row as it is, 512 bytes a warp and step, kSteps of them in flight. `load` may run before it is known where the row goes.
+// A row as it is, 512 bytes a warp and step, kSteps of them in flight. `load` may run before it is known where the row
+// goes.
 template <int kSteps>
 struct RowBytes {
   uint4 v[kSteps];
@@ -101,83 +85,114 @@ struct RowBytes {
       if (at < row_bytes) v[i] = ld_no_allocate(from + at);
     }
   }
-  template <class Sink>
-  __device__ __forceinline__ void store(int at0, const Team& t, const Sink& sink) const {
-    sink.store(at0 + static_cast<int>(threadIdx.x % 32) * 16, t.parts * 512, v);
+  __device__ __forceinline__ void store(int row_bytes, int at0, const Team& t, const Copies& sink) const {
+    sink.store(at0 + static_cast<int>(threadIdx.x % 32) * 16, t.parts * 512, row_bytes, v);
   }
 };
 
-template <int kSteps, class Sink>
-__device__ __forceinline__ void copy_rest(const uint8_t* from, int row_bytes, int at0, const Team& t, const Sink& sink) {
+template <int kSteps>
+__device__ __forceinline__ void copy_rest(const uint8_t* from, int row_bytes, int at0, const Team& t,
+                                          const Copies& sink) {
+#pragma unroll 1
   for (; at0 < row_bytes; at0 += kSteps * t.parts * 512) {
     RowBytes<kSteps> bytes;
     bytes.load(from, row_bytes, at0, t);
-    bytes.store(at0, t, sink);
+    bytes.store(row_bytes, at0, t, sink);
   }
 }
 
-template <class Sink>
-__device__ __forceinline__ void copy_scales(const DispatchParams& p, const uint8_t* from, int64_t stride, int block0,
-                                            const Sink& sink) {
+__device__ __forceinline__ void copy_scales(const uint8_t* from, int64_t stride, int bytes, int num, int block0,
+                                            const Copies& sink) {
   const int lane = threadIdx.x % 32;
-  for (; block0 < p.num_scales; block0 += 32) {
-    const bool has = block0 + lane < p.num_scales;
-    const uint32_t value = has ? load_scale(from, (block0 + lane) * stride, p.wire_scale_bytes) : 0;
+#pragma unroll 1
+  for (; block0 < num; block0 += 32) {
+    const bool has = block0 + lane < num;
+    const uint32_t value = has ? load_scale(from, (block0 + lane) * stride, bytes) : 0;
     sink.scale(block0 + lane, has, value);
   }
 }
 
-template <class T, int kSteps, class Sink>
-__device__ __forceinline__ void quantize_row(const DispatchParams& p, const T* row, const Team& t, const Sink& sink) {
+template <class T, int kSteps>
+__device__ __forceinline__ void quantize_row(const T* row, int hidden, const Quant& quant, const Team& t,
+                                             const Copies& sink) {
   const int lane = threadIdx.x % 32;
-  const float row_amax = p.quant.block == 0 ? warp_row_amax<T>(row, p.hidden) : 0.f;
-  for (int at0 = t.part * 512; at0 < p.hidden; at0 += kSteps * t.parts * 512) {
+  const float row_amax = quant.block == 0 ? warp_row_amax<T>(row, hidden) : 0.f;
+#pragma unroll 1
+  for (int at0 = t.part * 512; at0 < hidden; at0 += kSteps * t.parts * 512) {
     QuantLane<T> x[kSteps];
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) x[i].load(row, at0 + i * t.parts * 512 + lane * 16, p.hidden);
+    for (int i = 0; i < kSteps; ++i) x[i].load(row, at0 + i * t.parts * 512 + lane * 16, hidden);
     uint4 q[kSteps];
     float scale[kSteps];
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) q[i] = x[i].finish(p.quant, row_amax, &scale[i]);
-    sink.store(at0 + lane * 16, t.parts * 512, q);
+    for (int i = 0; i < kSteps; ++i) q[i] = x[i].finish(quant, row_amax, &scale[i]);
+    sink.store(at0 + lane * 16, t.parts * 512, hidden, q);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int channel = at0 + i * t.parts * 512 + lane * 16;
-      const bool first = p.quant.block == 0 ? channel == 0 : channel % p.quant.block == 0;
-      sink.scale(p.quant.block == 0 ? 0 : channel / p.quant.block, first && channel < p.hidden, __float_as_uint(scale[i]));
+      const bool first = quant.block == 0 ? channel == 0 : (channel & (quant.block - 1)) == 0;
+      const int block = quant.block == 0 ? 0 : channel >> (31 - __clz(quant.block));
+      sink.scale(block, first && channel < hidden, __float_as_uint(scale[i]));
     }
   }
 }
 
-// A token's row from x, quantized where T is a number.
-template <class T, class Sink>
-__device__ __forceinline__ void row_from_x(const DispatchParams& p, int token, const Team& t, const Sink& sink) {
+// What a row is made from. By value: what lies in memory would be read again after every store.
+struct RowSource {
+  const uint8_t* row;
+  const uint8_t* scales;
+  int64_t scale_step;
+  int hidden, row_bytes, num_scales, scale_bytes;
+};
+
+// A row from x, quantized where T is a number.
+template <class T>
+__device__ __forceinline__ void put_row(RowSource from, Quant quant, int part, int parts, Copies sink) {
+  Team t{};
+  t.part = part;
+  t.parts = parts;
   if constexpr (sizeof(T) == 1) {
-    const uint8_t* from = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(token) * p.row_bytes;
-    copy_rest<4>(from, p.row_bytes, t.part * 512, t, sink);
-    if (p.num_scales != 0 && t.part == t.parts - 1) {
-      const uint8_t* scales = static_cast<const uint8_t*>(p.x_scales) + token * p.scale_token_stride * p.wire_scale_bytes;
-      copy_scales(p, scales, p.scale_block_stride, 0, sink);
+    copy_rest<4>(from.row, from.row_bytes, part * 512, t, sink);
+    if (from.num_scales != 0 && part == parts - 1) {
+      copy_scales(from.scales, from.scale_step, from.scale_bytes, from.num_scales, 0, sink);
     }
   } else {
-    quantize_row<T, sizeof(T) == 4 ? 1 : 2>(p, static_cast<const T*>(p.x) + static_cast<int64_t>(token) * p.hidden, t, sink);
+    quantize_row<T, sizeof(T) == 4 ? 1 : 2>(reinterpret_cast<const T*>(from.row), from.hidden, quant, t, sink);
   }
 }
 
-// ---- sending --------------------------------------------------------------------------------------------------------------
+template <class T>
+__device__ __forceinline__ void row_from_x(const DispatchParams& p, int token, const Team& t, const Copies& sink) {
+  RowSource from{};
+  from.row = static_cast<const uint8_t*>(p.x) +
+             static_cast<int64_t>(token) * (sizeof(T) == 1 ? p.row_bytes : p.hidden * sizeof(T));
+  from.hidden = p.hidden;
+  from.row_bytes = p.row_bytes;
+  if constexpr (sizeof(T) == 1) {
+    from.scales = static_cast<const uint8_t*>(p.x_scales) + token * p.scale_token_stride * p.wire_scale_bytes;
+    from.scale_step = p.scale_block_stride;
+    from.num_scales = p.num_scales;
+    from.scale_bytes = p.wire_scale_bytes;
+  }
+  put_row<T>(from, p.quant, t.part, t.parts, sink);
+}
+
+// ---- sending
+// --------------------------------------------------------------------------------------------------------------
 
 // One token by the warps of its team; `at` is where its selections lie in `slot` and `position`.
 template <class T>
-__device__ __forceinline__ void send_token(const DispatchParams& p, const Places& s, const Op& op, const Team& t, int token,
-                                           int at) {
+__device__ __forceinline__ void send_token(const DispatchParams& p, const Places& s, const Op& op, const Team& t,
+                                           int token, int at) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
   const bool selected = lane < p.top_k;
-  const int slot = selected ? s.slot[at + lane] : -1;
-  const int rank = slot >= 0 ? slot / p.num_slots : -1;
+  const int packed = selected ? s.slot[at + lane] : -1;
+  const int rank = packed >= 0 ? packed & 0xff : -1;
   uint2 mine = make_uint2(kNoEntry, 0);
   if (t.part == 0) {
-    if (slot >= 0) {
-      mine.x = static_cast<uint32_t>(slot - rank * p.num_slots) << 20 | static_cast<uint32_t>(s.position[at + lane]);
+    if (packed >= 0) {
+      mine.x = static_cast<uint32_t>((packed >> 8) - rank * p.num_slots) << 20 |
+               static_cast<uint32_t>(s.position[at + lane]);
       mine.y = __float_as_uint(p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane]);
     }
     // Own entries carry the epoch and need no flag: [E].
@@ -186,31 +201,37 @@ __device__ __forceinline__ void send_token(const DispatchParams& p, const Places
       st_relaxed_sys(own + lane, tagged(op.epoch, rank == me ? mine.x : kNoEntry));
     }
   }
-  ToPeers sink{p, 0, 0};
+  Copies sink{0, 0, 0, p.wire_scale_bytes, p.wire_scale_bytes, false};
+#pragma unroll 1
   for (uint32_t left = __ballot_sync(~0u, rank >= 0 && rank != me); left != 0;) {
     const int peer = __shfl_sync(~0u, rank, __ffs(left) - 1);
     left &= ~__ballot_sync(~0u, rank == peer);
     if (t.part == 0 && selected) {
       entries(p.ws, peer, op.parity, me, token)[lane] = rank == peer ? mine : make_uint2(kNoEntry, 0);
     }
-    if (lane == sink.num) {
-      sink.address = reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token, p.max_tokens, p.record_bytes));
+    const uint32_t free = sink.lanes + 1;  // lanes fill from 0
+    if (1u << lane == free) {
+      sink.row = reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token, p.max_tokens, p.record_bytes));
+      sink.scales = sink.row + p.row_bytes;
     }
-    ++sink.num;
+    sink.lanes |= free;
   }
-  if (sink.num != 0) row_from_x<T>(p, token, t, sink);
+  if (sink.lanes != 0) row_from_x<T>(p, token, t, sink);
 }
 
 // Flags of tokens [first, first + count) to every peer: 1 a row came, 0 none does.
-__device__ __forceinline__ void tell_peers(const DispatchParams& p, const Places& s, const Op& op, int first, int at, int count) {
+__device__ __forceinline__ void tell_peers(const DispatchParams& p, const Places& s, const Op& op, int first, int at,
+                                           int count) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
+#pragma unroll 1
   for (int i = lane; i < count * p.ws.num_ranks; i += 32) {
     const int token = i / p.ws.num_ranks, peer = i % p.ws.num_ranks;
     if (peer == me || s.takes_part[peer] == 0) continue;
     uint32_t has = 0;
+#pragma unroll 1
     for (int k = 0; k < p.top_k; ++k) {
-      const int slot = s.slot[(at + token) * p.top_k + k];
-      if (slot >= 0 && slot / p.num_slots == peer) has = 1;
+      const int packed = s.slot[(at + token) * p.top_k + k];
+      if (packed >= 0 && (packed & 0xff) == peer) has = 1;
     }
     st_relaxed_sys(flag(p.ws, peer, op.parity, me, first + token), tagged(op.epoch, has));
   }
@@ -227,13 +248,15 @@ __device__ __forceinline__ void send_all(const DispatchParams& p, const Places& 
   count_selections(p, s, first);
   __syncthreads();
   if (threadIdx.x < 32) trace(3);
+#pragma unroll 1
   for (int step = blockIdx.x; step < num_ranks; step += p.launch.num_senders) {
     const int peer = (p.ws.rank + 1 + step) % num_ranks;
     if (s.takes_part[peer] != 0) post_counts(p, s, op, peer);
   }
-  __syncthreads();  // `total` has been read, by the poster's warp too
+  __syncthreads();                                      // `total` has been read, by the poster's warp too
   const int batch = kPlaceEntries / p.top_k / 32 * 32;  // tokens whose places fit
   const Outbox outbox{s.done, &s.words[kPosted]};
+#pragma unroll 1
   for (int base = first; base < last; base += batch) {
     const int num = min(batch, last - base);
     place_tokens(p, s, base, base + num, base + num < last);  // ends with a block barrier
@@ -242,6 +265,7 @@ __device__ __forceinline__ void send_all(const DispatchParams& p, const Places& 
       outbox.post(num, t.parts, [&](int item, int count) { tell_peers(p, s, op, base + item, item, count); });
       trace(5);
     } else if (t.id >= 0) {
+#pragma unroll 1
       for (int item = t.id; item < num; item += t.num_teams) {
         outbox.begin(item);
         send_token<T>(p, s, op, t, base + item, item * p.top_k);
@@ -260,13 +284,16 @@ __device__ __forceinline__ void send_all(const DispatchParams& p, const Places& 
 __device__ __forceinline__ void send_nothing(const DispatchParams& p) {
   int32_t* send_slot = p.route + 32 + p.ws.num_ranks;
   const int64_t num = static_cast<int64_t>(p.num_tokens) * p.top_k;
-  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < num; i += p.launch.num_senders * blockDim.x) send_slot[i] = -1;
+#pragma unroll 1
+  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < num; i += p.launch.num_senders * blockDim.x)
+    send_slot[i] = -1;
 }
 
-// ---- receiving ------------------------------------------------------------------------------------------------------------
+// ---- receiving
+// ------------------------------------------------------------------------------------------------------------
 
-// Lane k: where selection k of a token of `source` goes. What a peer wrote is data, not an address: a slot that is none counts
-// as absent, and rows end at the capacity.
+// Lane k: where selection k of a token of `source` goes. What a peer wrote is data, not an address: a slot that is none
+// counts as absent, and rows end at the capacity.
 struct Landing {
   int slot, row;     // row: -1 not here, -2 no room
   uint32_t locals;   // lanes with a slot of this rank
@@ -284,7 +311,8 @@ __device__ __forceinline__ Landing land(const DispatchParams& p, const Places& s
   return l;
 }
 
-__device__ __forceinline__ void write_row_facts(const DispatchParams& p, const Landing& l, int source, int token, float weight) {
+__device__ __forceinline__ void write_row_facts(const DispatchParams& p, const Landing& l, int source, int token,
+                                                float weight) {
   const int lane = threadIdx.x % 32;
   const bool selected = lane < p.top_k, local = (l.locals >> lane & 1) != 0;
   const int64_t pair = static_cast<int64_t>(source) * p.max_tokens + token;
@@ -308,7 +336,8 @@ __device__ __forceinline__ void write_row_facts(const DispatchParams& p, const L
 }
 
 template <class T>
-__device__ __forceinline__ void receive_own(const DispatchParams& p, const Places& s, const Op& op, const Team& t, int token) {
+__device__ __forceinline__ void receive_own(const DispatchParams& p, const Places& s, const Op& op, const Team& t,
+                                            int token) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
   uint32_t entry = kNoEntry;
   float weight = 0.f;
@@ -323,12 +352,12 @@ __device__ __forceinline__ void receive_own(const DispatchParams& p, const Place
   }
   __syncwarp();
   const Landing l = land(p, s, me, entry);
-  if (l.to_copy != 0) row_from_x<T>(p, token, t, ToRows{p, l.row, l.to_copy});
+  if (l.to_copy != 0) row_from_x<T>(p, token, t, to_rows(p, l.row, l.to_copy));
   if (t.part == 0) write_row_facts(p, l, me, token, weight);
 }
 
-__device__ __forceinline__ void receive_theirs(const DispatchParams& p, const Places& s, const Op& op, const Team& t, int source,
-                                               int token) {
+__device__ __forceinline__ void receive_theirs(const DispatchParams& p, const Places& s, const Op& op, const Team& t,
+                                               int source, int token) {
   const int lane = threadIdx.x % 32;
   uint2 entry = make_uint2(kNoEntry, 0);
   uint32_t has = 0;
@@ -356,15 +385,15 @@ __device__ __forceinline__ void receive_theirs(const DispatchParams& p, const Pl
   }
   const Landing l = land(p, s, source, entry.x);
   if (l.to_copy != 0) {
-    const ToRows sink{p, l.row, l.to_copy};
-    bytes.store(t.part * 512, t, sink);
+    const Copies sink = to_rows(p, l.row, l.to_copy);
+    bytes.store(p.row_bytes, t.part * 512, t, sink);
     copy_rest<4>(from, p.row_bytes, t.part * 512 + 4 * t.parts * 512, t, sink);
     if (scaled) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (i * 32 < p.num_scales) sink.scale(i * 32 + lane, i * 32 + lane < p.num_scales, scale[i]);
       }
-      if (p.num_scales > 64) copy_scales(p, from + p.row_bytes, 1, 64, sink);
+      if (p.num_scales > 64) copy_scales(from + p.row_bytes, 1, p.wire_scale_bytes, p.num_scales, 64, sink);
     }
   }
   if (t.part == 0) write_row_facts(p, l, source, token, __uint_as_float(entry.y));
@@ -378,6 +407,7 @@ __device__ __forceinline__ void receive_all(const DispatchParams& p, const Place
   const int range = (p.max_tokens + ranges - 1) / ranges;
   const int num_items = p.ws.num_ranks * ranges * range;
   Turns turns(p.launch, t, &control(p.ws, p.ws.rank)->work[op.parity]);
+#pragma unroll 1
   for (int item = turns.take(); item < num_items; item = turns.take()) {
     const int step = item / (ranges * range), at = item % (ranges * range);
     const int token = at % ranges * range + at / ranges;
@@ -394,14 +424,17 @@ __device__ __forceinline__ void receive_all(const DispatchParams& p, const Place
 // A source was lost between its counts and its last row: all its rows count as zero, by the whole block.
 __device__ __forceinline__ void zero_lost_sources(const DispatchParams& p, const Places& s) {
   const int stride = p.num_slots + 1;
+#pragma unroll 1
   for (int source = 0; source < p.ws.num_ranks; ++source) {
     if (s.num_tokens[source] < 0 || !is_dead(p.ws, source)) continue;
     const int slots = p.layout == kRank ? 1 : p.num_slots;
+#pragma unroll 1
     for (int i = 0; i < slots; ++i) {
       const int slot = p.layout == kRank ? p.num_slots : i;
       const int before = s.total[source * stride + slot];
       const int after = source + 1 < p.ws.num_ranks ? s.total[(source + 1) * stride + slot] : s.tally[slot];
       const int start = p.layout == kRank ? 0 : s.start[slot];
+#pragma unroll 1
       for (int row = start + before + threadIdx.x / 32; row < min(start + after, p.capacity); row += blockDim.x / 32) {
         zero_row(p, row);
         if (threadIdx.x % 32 == 0) clear_row_facts(p, row);
@@ -409,6 +442,7 @@ __device__ __forceinline__ void zero_lost_sources(const DispatchParams& p, const
     }
     int32_t* recv_row = p.route + 32 + p.ws.num_ranks + static_cast<int64_t>(p.num_tokens) * p.top_k;
     const int64_t width = static_cast<int64_t>(p.max_tokens) * p.top_k;
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < width; i += blockDim.x) recv_row[source * width + i] = -1;
   }
   if (threadIdx.x == 0) p.status[0] |= kTimeout;
@@ -420,7 +454,9 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __g
   const Places s = carve(shared, p.ws.num_ranks, p.num_slots, p.num_experts, p.tiles);
   const bool sender = (p.launch.phases & 1) != 0 && blockIdx.x < p.launch.num_senders;
   const int keys = p.ws.num_ranks * (p.num_slots + 1);
+#pragma unroll 1
   for (int i = threadIdx.x; i < (2 + p.tiles) * keys; i += blockDim.x) s.total[i] = 0;
+#pragma unroll 1
   for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) s.done[i] = 0;
   if (threadIdx.x < kNumWords) s.words[threadIdx.x] = 0;
   if (threadIdx.x < 32) trace(0);
@@ -441,11 +477,13 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __g
                        threadIdx.x);
     }
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.num_experts; i += blockDim.x) {
     const int64_t slot = p.expert_slot[i];
     const bool there = slot >= 0 && slot < static_cast<int64_t>(p.ws.num_ranks) * p.num_slots;
     s.expert_slot[i] = there ? static_cast<int32_t>(slot) << 8 | static_cast<int32_t>(slot) / p.num_slots : -1;
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.ws.num_ranks; i += blockDim.x) {
     const int64_t wanted = p.mask[i];
     s.takes_part[i] = !is_dead(p.ws, i) & (wanted != 0);

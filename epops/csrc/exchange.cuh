@@ -6,7 +6,8 @@
 
 namespace epops {
 
-// Where the time of a kernel goes: built with -DEPOPS_TRACE, each block keeps the clock at some points; see bench --trace.
+// Where the time of a kernel goes: built with -DEPOPS_TRACE, each block keeps the clock at some points; see bench
+// --trace.
 #ifdef EPOPS_TRACE
 constexpr int kTracePoints = 12;
 static __device__ unsigned long long trace_clock[256 * kTracePoints];
@@ -17,8 +18,9 @@ __device__ __forceinline__ void trace(int point) {
 __device__ __forceinline__ void trace(int) {}
 #endif
 
-// At the start of a rank's memory. `progress` grows by kEpochStep an op, in shares: block 0 adds what the others leave, so
-// the epoch changes when the last block of an op is done, and no block has to wait to find out which one is the last.
+// At the start of a rank's memory. `progress` grows by kEpochStep an op, in shares: block 0 adds what the others leave,
+// so the epoch changes when the last block of an op is done, and no block has to wait to find out which one is the
+// last.
 struct Control {
   uint64_t progress;
   uint32_t num_failed;  // blocks of this op that met a failure
@@ -67,7 +69,8 @@ __device__ __forceinline__ uint64_t tagged(uint32_t epoch, uint32_t value) {
   return static_cast<uint64_t>(epoch) << 32 | value;
 }
 
-// Every block reads the epoch for itself; blocks of one op agree, for `progress` reaches the next epoch only with the last.
+// Every block reads the epoch for itself; blocks of one op agree, for `progress` reaches the next epoch only with the
+// last.
 __device__ __forceinline__ Op begin_op(const Workspace& ws) {
   Control* here = control(ws, ws.rank);
   Op op;
@@ -94,12 +97,13 @@ inline __device__ __noinline__ void report(const Workspace& ws, int bits, int pe
   atomicOr_system(ws.error_host, bits);
 }
 
-// A word of this op, or false: the peer is out of the mask, or this rank is. The first to run out of time takes the peer
-// out, for every wait that follows, and tells the peer.
-inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint64_t* word, uint32_t epoch, int peer, int phase,
-                                                uint32_t* value, const uint32_t* give_up) {
+// A word of this op, or false: the peer is out of the mask, or this rank is. The first to run out of time takes the
+// peer out, for every wait that follows, and tells the peer.
+inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint64_t* word, uint32_t epoch, int peer,
+                                                int phase, uint32_t* value, const uint32_t* give_up) {
   Control* here = control(ws, ws.rank);
   const uint64_t start = global_timer_ns();
+#pragma unroll 1
   for (uint32_t spin = 1;; ++spin) {
     const uint64_t now = ld_relaxed_sys(word);
     const uint32_t tag = static_cast<uint32_t>(now >> 32);
@@ -129,12 +133,12 @@ inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint6
   }
 }
 
-// [A] What the peer's poster released before the word may be read after it. An acquiring load would empty the L1 at every turn
-// of the wait; instead, what peers write is read by ld_no_allocate alone, after the branch on this word: such a load finds
-// nothing in the L1, where no line of that memory ever is, and the L2 has what was released.
-// A wait ends early when `give_up` (shared memory) becomes nonzero.
-__device__ __forceinline__ bool wait_word(const Workspace& ws, const uint64_t* word, uint32_t epoch, int peer, int phase,
-                                          uint32_t* value, const uint32_t* give_up = nullptr) {
+// [A] What the peer's poster released before the word may be read after it. An acquiring load would empty the L1 at
+// every turn of the wait; instead, what peers write is read by ld_no_allocate alone, after the branch on this word:
+// such a load finds nothing in the L1, where no line of that memory ever is, and the L2 has what was released. A wait
+// ends early when `give_up` (shared memory) becomes nonzero.
+__device__ __forceinline__ bool wait_word(const Workspace& ws, const uint64_t* word, uint32_t epoch, int peer,
+                                          int phase, uint32_t* value, const uint32_t* give_up = nullptr) {
   const uint64_t now = ld_relaxed_sys(word);
   *value = static_cast<uint32_t>(now);
   if (static_cast<uint32_t>(now >> 32) == epoch) return true;
@@ -154,8 +158,8 @@ __device__ __forceinline__ void post_header(const Workspace& ws, const Op& op, i
 // Words of a header, one a thread: T, the hash of the call, status bits.
 constexpr int kHeaderWords = 3;
 
-// Every rank opens every op with a header to every peer, and ends it only when it has theirs: see Workspace. Warp 0 of one
-// block waits for them, a lane a word, and writes the status; `takes_part(rank)` says whose to wait for.
+// Every rank opens every op with a header to every peer, and ends it only when it has theirs: see Workspace. Warp 0 of
+// one block waits for them, a lane a word, and writes the status; `takes_part(rank)` says whose to wait for.
 template <class Params, class TakesPart>
 __device__ __forceinline__ void close_headers(const Params& p, const Op& op, bool good_route, int* failed,
                                               TakesPart takes_part) {
@@ -164,6 +168,7 @@ __device__ __forceinline__ void close_headers(const Params& p, const Op& op, boo
   if (op.excluded) {
     bits |= kExcluded;
   } else {
+#pragma unroll 1
     for (int i = lane; i < p.ws.num_ranks * kHeaderWords; i += 32) {
       const int peer = i / kHeaderWords, word = i % kHeaderWords;
       uint32_t value = 0;
@@ -202,8 +207,8 @@ __device__ __forceinline__ void end_op(const Workspace& ws, const Op& op, int* f
         const uint64_t others = static_cast<uint64_t>(op.epoch) * kEpochStep - share;
         while (ld_relaxed_gpu(&here->progress) != others) {
         }
-        // Blocks do not fence before they sign off, which would cost every op a microsecond. After a timeout there is time:
-        // what they stored has long landed when this has passed.
+        // Blocks do not fence before they sign off, which would cost every op a microsecond. After a timeout there is
+        // time: what they stored has long landed when this has passed.
         const uint64_t start = global_timer_ns();
         while (global_timer_ns() - start < 200000) {
         }

@@ -10,9 +10,13 @@ namespace epops {
 template <class Params>
 int launch_kernel(void (*kernel)(Params), const Params& p, const Launch& launch, uint64_t shared_bytes,
                   cudaStream_t stream) {
+  // One split of L1 and shared memory for all kernels: a multiprocessor has to run empty before it can change to
+  // another.
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

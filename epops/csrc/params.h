@@ -1,5 +1,6 @@
 // What the host hands to the kernels: plain structs, shared by every translation unit. No torch headers here.
-// Words are those of epops/layout.py: T tokens here, M max_tokens, K top_k, E experts, L slots a rank, R ranks, C capacity.
+// Words are those of epops/layout.py: T tokens here, M max_tokens, K top_k, E experts, L slots a rank, R ranks, C
+// capacity.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +15,11 @@ constexpr int kPlaceEntries = 2048;   // selections whose places a block keeps i
 constexpr int kMaxSlots = 4096;       // an entry packs the slot in 12 bits and the position in 20
 constexpr int kMaxTokens = 1 << 20;
 
-// One rank's memory, mapped by all peers, zero before the first op. The same offsets on every rank. Tagged areas (headers,
-// counts, flags) hold 64-bit words {epoch, value} and are never used for anything else, so that what an earlier op left
-// there cannot be taken for this op's. Everything but the control block exists twice: op s uses copy s % 2. A rank that
-// sees a word of op s from a peer knows that the peer has finished op s - 1, so copy (s + 1) % 2 there is free to write.
+// One rank's memory, mapped by all peers, zero before the first op. The same offsets on every rank. Tagged areas
+// (headers, counts, flags) hold 64-bit words {epoch, value} and are never used for anything else, so that what an
+// earlier op left there cannot be taken for this op's. Everything but the control block exists twice: op s uses copy s
+// % 2. A rank that sees a word of op s from a peer knows that the peer has finished op s - 1, so copy (s + 1) % 2 there
+// is free to write.
 struct Workspace {
   uint64_t base[kMaxRanks];
   uint64_t counts_offset;   // [2][R][max_slots + 1] tagged
@@ -45,7 +47,6 @@ struct Launch {
   int32_t dynamic;  // warps take tokens from a counter as they come free; only with one warp a token received
   int32_t phases;   // 1 send, 2 receive, 3 both
   int32_t pdl;
-  int32_t streaming;  // rows are stored as what is not read again soon
 };
 
 enum Layout : int32_t { kExpert = 0, kRank = 1, kBatched = 2 };
@@ -100,12 +101,12 @@ struct DispatchParams {
 struct CombineParams {
   Workspace ws;
   Launch launch;
-  const void* y;             // (C, H)
-  const float* row_weights;  // (C,) or null
+  const void* y;                  // (C, H)
+  const float* row_weights;       // (C,) or null
   const float* grad_row_weights;  // (C,) or (C, K): sent back to their tokens; null without
-  const void* addend;        // (T, H) of the out dtype, or null
+  const void* addend;             // (T, H) of the out dtype, or null
   const int32_t* route;
-  void* out;                // (T, H)
+  void* out;                 // (T, H)
   float* grad_topk_weights;  // (T, K)
   int32_t* status;
   float out_scale, addend_scale;

@@ -5,13 +5,14 @@
 
 namespace epops {
 
-// Waits for the header and counts of every rank, a word a thread. On return `total[source * (L + 1) + slot]` is the number of
-// rows for the slot from sources before, `tally` the rows of a slot, `start` the first row of its group; kBits gathers every
-// rank's bits. By all warps but the poster.
+// Waits for the header and counts of every rank, a word a thread. On return `total[source * (L + 1) + slot]` is the
+// number of rows for the slot from sources before, `tally` the rows of a slot, `start` the first row of its group;
+// kBits gathers every rank's bits. By all warps but the poster.
 __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Places& s, const Op& op, const Team& t) {
   const int stride = p.num_slots + 1;
   const int wanted = p.num_slots + (p.layout == kRank ? 1 : 0);
   const int words = kHeaderWords + wanted;
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.ws.num_ranks * words; i += t.num_threads) {
     const int source = i / words, word = i % words - kHeaderWords;
     if (op.excluded || s.takes_part[source] == 0) {
@@ -46,8 +47,10 @@ __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Place
     }
   }
   team_sync(t);
+#pragma unroll 1
   for (int slot = threadIdx.x; slot < stride; slot += t.num_threads) {
     uint32_t sum = 0;
+#pragma unroll 1
     for (int source = 0; source < p.ws.num_ranks; ++source) {
       const uint32_t value = s.lost[source] != 0 || slot >= wanted ? 0 : s.total[source * stride + slot];
       s.total[source * stride + slot] = sum;
@@ -55,6 +58,7 @@ __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Place
     }
     s.tally[slot] = sum;
   }
+#pragma unroll 1
   for (int source = threadIdx.x; source < p.ws.num_ranks; source += t.num_threads) {
     if (s.lost[source] != 0) s.num_tokens[source] = -1;
   }
@@ -62,11 +66,13 @@ __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Place
   if (threadIdx.x < 32) {  // running starts: one warp, 32 slots a step
     const int lane = threadIdx.x;
     int carry = 0, kept = 0;
+#pragma unroll 1
     for (int slot0 = 0; slot0 < p.num_slots; slot0 += 32) {
       const int slot = slot0 + lane;
       const int tally = slot < p.num_slots ? s.tally[slot] : 0;
       const int width = (tally + p.alignment - 1) / p.alignment * p.alignment;
       int end = width;
+#pragma unroll 1
       for (int step = 1; step < 32; step <<= 1) {
         const int other = __shfl_up_sync(~0u, end, step);
         if (lane >= step) end += other;
@@ -78,6 +84,7 @@ __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Place
       }
       carry = __shfl_sync(~0u, end, 31);
     }
+#pragma unroll 1
     for (int step = 16; step > 0; step >>= 1) kept += __shfl_xor_sync(~0u, kept, step);
     if (lane == 0) {
       s.start[p.num_slots] = carry;  // the last aligned end
@@ -98,6 +105,7 @@ __device__ __forceinline__ int row_of(const DispatchParams& p, const Places& s, 
 
 __device__ __forceinline__ void clear_row_facts(const DispatchParams& p, int row) {
   const int width = p.layout == kRank ? p.top_k : 1;
+#pragma unroll 1
   for (int k = 0; k < width; ++k) {
     p.row_weights[static_cast<int64_t>(row) * width + k] = 0.f;
     p.row_expert[static_cast<int64_t>(row) * width + k] = -1;
@@ -108,7 +116,9 @@ __device__ __forceinline__ void clear_row_facts(const DispatchParams& p, int row
 __device__ __forceinline__ void zero_row(const DispatchParams& p, int row) {  // by one warp
   const int lane = threadIdx.x % 32;
   uint8_t* to = p.rows + static_cast<int64_t>(row) * p.row_bytes;
+#pragma unroll 1
   for (int at = lane * 16; at < p.row_bytes; at += 512) st_16(to + at, make_uint4(0, 0, 0, 0));
+#pragma unroll 1
   for (int b = lane; b < p.num_scales; b += 32) {
     const int64_t at = row * p.out_scale_row_stride + b * p.out_scale_block_stride;
     if (p.out_scale_bytes == 4) {
@@ -119,15 +129,18 @@ __device__ __forceinline__ void zero_row(const DispatchParams& p, int row) {  //
   }
 }
 
-// Everything that follows from the counts alone, by `here` threads of every block: gaps, the facts of rows that do not exist, counts, ends.
+// Everything that follows from the counts alone, by `here` threads of every block: gaps, the facts of rows that do not
+// exist, counts, ends.
 __device__ __forceinline__ void write_frame(const DispatchParams& p, const Places& s, int here_thread, int here) {
   const int thread = blockIdx.x * here + here_thread, threads = gridDim.x * here;
   const int lane = threadIdx.x % 32;
   if (p.layout == kExpert) {
     // Alignment gaps are zero rows: a NaN there would poison weight gradients.
+#pragma unroll 1
     for (int slot = blockIdx.x; slot < p.num_slots; slot += gridDim.x) {
       const int first = s.start[slot] + s.tally[slot];
       const int last = min(s.start[slot + 1], p.capacity);
+#pragma unroll 1
       for (int row = first + here_thread / 32; row < last; row += here / 32) {
         zero_row(p, row);
         if (lane == 0) clear_row_facts(p, row);
@@ -136,14 +149,17 @@ __device__ __forceinline__ void write_frame(const DispatchParams& p, const Place
   }
   if (p.layout == kBatched) {
     const int width = p.ws.num_ranks * p.max_tokens;
+#pragma unroll 1
     for (int row = thread; row < p.num_slots * width; row += threads) {
       if (row % width >= s.tally[row / width]) clear_row_facts(p, row);
     }
   } else {
     const int first = p.layout == kRank ? s.tally[p.num_slots] : s.start[p.num_slots];
+#pragma unroll 1
     for (int row = first + thread; row < p.capacity; row += threads) clear_row_facts(p, row);
   }
   if (blockIdx.x == gridDim.x - 1) {  // the last block: it sends nothing where only some do
+#pragma unroll 1
     for (int slot = here_thread; slot < p.num_slots; slot += here) {
       int rows = s.tally[slot];
       if (p.layout == kExpert) rows = min(rows, max(0, p.capacity - s.start[slot]));
@@ -151,12 +167,14 @@ __device__ __forceinline__ void write_frame(const DispatchParams& p, const Place
       if (p.layout == kExpert) p.expert_ends[slot] = min(s.start[slot + 1], p.capacity);
     }
     if (p.layout == kRank) {
+#pragma unroll 1
       for (int source = here_thread; source < p.ws.num_ranks; source += here) {
         const int end = source + 1 < p.ws.num_ranks ? s.total[(source + 1) * (p.num_slots + 1) + p.num_slots]
                                                     : s.tally[p.num_slots];
         p.expert_ends[source] = min(end, p.capacity);
       }
     }
+#pragma unroll 1
     for (int rank = here_thread; rank < p.ws.num_ranks; rank += here) p.route[32 + rank] = s.takes_part[rank];
   }
 }
@@ -167,16 +185,18 @@ __device__ __forceinline__ void write_facts(const DispatchParams& p, const Place
   if (p.layout == kRank) {
     total = s.tally[p.num_slots];
   } else {
+#pragma unroll 1
     for (int slot = threadIdx.x % 32; slot < p.num_slots; slot += 32) total += s.tally[slot];
+#pragma unroll 1
     for (int step = 16; step > 0; step >>= 1) total += __shfl_xor_sync(~0u, total, step);
   }
   const int lane = threadIdx.x % 32;
   const int kept = s.words[kKept], dropped = total - kept;
   const int bits = s.words[kBits] | (dropped != 0 ? kOverflow : 0);
   const int epoch = static_cast<int>(op.epoch & 0x7fffffff);
-  const int facts[16] = {0x45504f31,  1,           p.layout,    p.num_tokens, p.max_tokens, p.top_k, p.ws.num_ranks,
-                         p.num_slots, p.capacity,  p.alignment, p.ws.rank,    epoch,        kept,    p.lane,
-                         p.num_experts, dropped};
+  const int facts[16] = {0x45504f31,     1,           p.layout,      p.num_tokens, p.max_tokens, p.top_k,
+                         p.ws.num_ranks, p.num_slots, p.capacity,    p.alignment,  p.ws.rank,    epoch,
+                         kept,           p.lane,      p.num_experts, dropped};
   if (lane == 0) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) p.route[i] = facts[i];

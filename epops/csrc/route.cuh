@@ -52,6 +52,7 @@ __device__ __forceinline__ int distinct_ranks(int rank_of_selection, int* rank_o
   unsigned left = rank_of_selection >= 0 ? static_cast<unsigned>(rank_of_selection) : ~0u;
   int num = 0;
   *rank_of_lane = -1;
+#pragma unroll 1
   for (unsigned least = __reduce_min_sync(~0u, left); least != ~0u; least = __reduce_min_sync(~0u, left)) {
     if (lane == num) *rank_of_lane = static_cast<int>(least);
     ++num;

@@ -1,7 +1,9 @@
-// The sender's half of placement: which slot each selection goes to, and its position among this rank's rows for that slot.
+// The sender's half of placement: which slot each selection goes to, and its position among this rank's rows for that
+// slot.
 //
-// Every sending block counts all selections of its rank, and those before its own tokens: a few kilobytes from the L2 instead
-// of a kernel or a grid barrier before the first byte moves. Within its tokens, one bit a token and key gives the order.
+// Every sending block counts all selections of its rank, and those before its own tokens: a few kilobytes from the L2
+// instead of a kernel or a grid barrier before the first byte moves. Within its tokens, one bit a token and key gives
+// the order.
 #pragma once
 
 #include "team.cuh"
@@ -10,26 +12,27 @@ namespace epops {
 
 // A key is a (rank, slot) pair, and one more for each rank, (rank, L): its rows in the rank layout, one a token.
 struct Places {
-  uint32_t* total;   // [keys] selections of all tokens of this rank
-  uint32_t* before;  // [keys] those of tokens before the ones at hand
-  uint32_t* bits;    // [keys * tiles] which of 32 tokens of a tile have the key
-  int32_t* start;    // [L + 1] first row of each slot's group
-  int32_t* tally;    // [L + 1] rows of each slot, from all ranks
-  int32_t* num_tokens;  // [R] T of each source
-  int32_t* takes_part;  // [R]
+  uint32_t* total;       // [keys] selections of all tokens of this rank
+  uint32_t* before;      // [keys] those of tokens before the ones at hand
+  uint32_t* bits;        // [keys * tiles] which of 32 tokens of a tile have the key
+  int32_t* start;        // [L + 1] first row of each slot's group
+  int32_t* tally;        // [L + 1] rows of each slot, from all ranks
+  int32_t* num_tokens;   // [R] T of each source
+  int32_t* takes_part;   // [R]
   int32_t* expert_slot;  // [E] slot << 8 | rank, -1 none
-  int32_t* slot;      // [kPlaceEntries] of the tokens at hand: global slot or -1
-  int32_t* position;  // [kPlaceEntries]
-  uint32_t* lost;     // [R] nonzero: nothing of this source counts
-  int32_t* hashes;    // [R] of each source's call
-  uint32_t* done;     // [kOutbox]
-  int32_t* words;     // single words: see enum Word
+  int32_t* slot;         // [kPlaceEntries] of the tokens at hand: global slot << 8 | rank, or -1
+  int32_t* position;     // [kPlaceEntries]
+  uint32_t* lost;        // [R] nonzero: nothing of this source counts
+  int32_t* hashes;       // [R] of each source's call
+  uint32_t* done;        // [kOutbox]
+  int32_t* words;        // single words: see enum Word
 };
 enum Word { kFailed = 0, kBits, kNumBad, kNumRepeated, kKept, kPosted, kNumWords };
 
 __host__ __device__ inline uint64_t places_words(int num_ranks, int num_slots, int num_experts, int tiles) {
   const uint64_t keys = static_cast<uint64_t>(num_ranks) * (num_slots + 1);
-  return (2 + tiles) * keys + 2 * (num_slots + 1) + 4 * num_ranks + num_experts + 2 * kPlaceEntries + kOutbox + kNumWords;
+  return (2 + tiles) * keys + 2 * (num_slots + 1) + 4 * num_ranks + num_experts + 2 * kPlaceEntries + kOutbox +
+         kNumWords;
 }
 
 __device__ __forceinline__ Places carve(uint32_t* shared, int num_ranks, int num_slots, int num_experts, int tiles) {
@@ -53,7 +56,8 @@ __device__ __forceinline__ Places carve(uint32_t* shared, int num_ranks, int num
 }
 
 struct Selection {
-  int slot;     // global slot, -1 none
+  int slot;  // global slot, -1 none
+  int rank;
   int key;      // where it counts, -1 nowhere
   bool leader;  // the one lane of its (token, key) that counts
   bool bad, repeated;
@@ -85,28 +89,30 @@ __device__ __forceinline__ Selection look_up(const DispatchParams& p, const Plac
   found.bad = wide < -1 || wide >= p.num_experts;
   const int expert = found.bad ? -1 : static_cast<int>(wide);
   found.repeated = false;
+#pragma unroll 1
   for (int back = 1; back < p.top_k; ++back) {
     const int other = __shfl_up_sync(~0u, expert, back);
     found.repeated |= seat.k >= back & expert >= 0 & other == expert;
   }
   found.slot = found.key = -1;
   found.leader = false;
-  int rank = -1;
+  found.rank = -1;
   if (expert >= 0 && !found.repeated) {
     const int packed = s.expert_slot[expert];
     if (packed >= 0 && s.takes_part[packed & 0xff] != 0) {
-      rank = packed & 0xff;
+      found.rank = packed & 0xff;
       found.slot = packed >> 8;
-      found.key = found.slot + rank;  // rank * (L + 1) + slot within the rank
+      found.key = found.slot + found.rank;  // rank * (L + 1) + slot within the rank
       found.leader = true;
     }
   }
   if (p.layout == kRank) {  // one row a rank: its first selection counts, and the others share the row
+#pragma unroll 1
     for (int back = 1; back < p.top_k; ++back) {
-      const int other = __shfl_up_sync(~0u, rank, back);
-      if (seat.k >= back && other == rank) found.leader = false;
+      const int other = __shfl_up_sync(~0u, found.rank, back);
+      if (seat.k >= back && other == found.rank) found.leader = false;
     }
-    if (rank >= 0) found.key = rank * (p.num_slots + 1) + p.num_slots;
+    if (found.rank >= 0) found.key = found.rank * (p.num_slots + 1) + p.num_slots;
   }
   return found;
 }
@@ -116,29 +122,23 @@ __device__ __forceinline__ void count_selections(const DispatchParams& p, const 
   const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   const int tokens_a_warp = 32 / p.top_k;
   const Seat seat = my_seat(p.top_k);
-  constexpr int kAhead = 4;  // indices in flight a lane
   const int step = num_warps * tokens_a_warp;
   int bad = 0, repeated = 0;
-  for (int token0 = warp * tokens_a_warp; token0 < p.num_tokens; token0 += kAhead * step) {
-    int64_t expert[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int token = token0 + i * step + seat.token;
-      expert[i] = load_expert(p, token, seat.k, seat.taken && token < p.num_tokens);
+  int token = warp * tokens_a_warp + seat.token;
+  int64_t next = load_expert(p, token, seat.k, seat.taken && token < p.num_tokens);
+#pragma unroll 1
+  for (int token0 = warp * tokens_a_warp; token0 < p.num_tokens; token0 += step, token += step) {
+    const int64_t expert = next;  // with the one after on its way
+    next = load_expert(p, token + step, seat.k, seat.taken && token + step < p.num_tokens);
+    const Selection found = look_up(p, s, seat, expert);
+    bad += found.bad;
+    repeated += found.repeated;
+    if (found.leader) {
+      atomicAdd(&s.total[found.key], 1u);
+      if (token < first) atomicAdd(&s.before[found.key], 1u);
     }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (token0 + i * step >= p.num_tokens) break;
-      const Selection found = look_up(p, s, seat, expert[i]);
-      bad += found.bad;
-      repeated += found.repeated;
-      if (found.leader) {
-        atomicAdd(&s.total[found.key], 1u);
-        if (token0 + i * step + seat.token < first) atomicAdd(&s.before[found.key], 1u);
-      }
-      if (p.layout == kRank && found.slot >= 0) {  // expert_counts are by slot in every layout
-        atomicAdd(&s.total[found.slot + found.slot / p.num_slots], 1u);
-      }
+    if (p.layout == kRank && found.slot >= 0) {  // expert_counts are by slot in every layout
+      atomicAdd(&s.total[found.slot + found.rank], 1u);
     }
   }
   if (bad != 0) {
@@ -151,14 +151,15 @@ __device__ __forceinline__ void count_selections(const DispatchParams& p, const 
   }
 }
 
-// Slots and positions of tokens [first, last) into `slot` and `position`; writes the route's send_slot. `before` moves on,
-// unless nothing is placed after `last`.
+// Slots and positions of tokens [first, last) into `slot` and `position`; writes the route's send_slot. `before` moves
+// on, unless nothing is placed after `last`.
 __device__ __forceinline__ void place_tokens(const DispatchParams& p, const Places& s, int first, int last, bool more) {
   const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   const int tokens_a_warp = 32 / p.top_k;
   const Seat seat = my_seat(p.top_k);
   int32_t* send_slot = p.route + 32 + p.ws.num_ranks;
   const int round = min(p.tiles * 32, num_warps * tokens_a_warp);  // one step a warp
+#pragma unroll 1
   for (int begin = first; begin < last; begin += round) {
     const int inside = warp * tokens_a_warp + seat.token, token = begin + inside;
     const bool active = seat.taken && inside < round && token < last;
@@ -172,10 +173,11 @@ __device__ __forceinline__ void place_tokens(const DispatchParams& p, const Plac
       int position = 0;
       if (found.key >= 0) {
         position = s.before[found.key] + __popc(bits[tile] & (bit - 1));
+#pragma unroll 1
         for (int i = 0; i < tile; ++i) position += __popc(bits[i]);
       }
       const int at = (token - first) * p.top_k + seat.k;
-      s.slot[at] = found.slot;
+      s.slot[at] = found.slot < 0 ? -1 : found.slot << 8 | found.rank;
       s.position[at] = position;
       send_slot[static_cast<int64_t>(token) * p.top_k + seat.k] = found.slot;
     }
@@ -184,6 +186,7 @@ __device__ __forceinline__ void place_tokens(const DispatchParams& p, const Plac
     bool mine = found.leader && (bits[tile] & -bits[tile]) == bit;
     uint32_t all = 0;
     if (mine) {
+#pragma unroll 1
       for (int i = 0; i < p.tiles; ++i) {
         mine = mine && (i >= tile || bits[i] == 0);
         all += __popc(bits[i]);
@@ -192,6 +195,7 @@ __device__ __forceinline__ void place_tokens(const DispatchParams& p, const Plac
     __syncthreads();
     if (mine) {
       s.before[found.key] += all;
+#pragma unroll 1
       for (int i = 0; i < p.tiles; ++i) bits[i] = 0;
     }
     __syncthreads();
@@ -203,6 +207,7 @@ __device__ __forceinline__ void place_tokens(const DispatchParams& p, const Plac
 __device__ __forceinline__ void post_counts(const DispatchParams& p, const Places& s, const Op& op, int peer) {
   uint64_t* words = counts(p.ws, peer, op.parity, p.ws.rank);
   const int num = p.num_slots + (p.layout == kRank ? 1 : 0);
+#pragma unroll 1
   for (int i = threadIdx.x; i < num; i += blockDim.x) {
     st_relaxed_sys(&words[i], tagged(op.epoch, s.total[peer * (p.num_slots + 1) + i]));
   }

@@ -1,7 +1,7 @@
 // Warps of a block: teams that carry tokens, and one warp, the poster, that tells peers what has arrived.
 //
-// Telling means a fence that waits until the peer's memory has everything, a microsecond or more. Only the poster waits:
-// teams go on, and one fence serves all tokens that were finished meanwhile.
+// Telling means a fence that waits until the peer's memory has everything, a microsecond or more. Only the poster
+// waits: teams go on, and one fence serves all tokens that were finished meanwhile.
 #pragma once
 
 #include "exchange.cuh"
@@ -11,7 +11,7 @@ namespace epops {
 constexpr int kOutbox = 256;  // items of a block between the first not told and the last started
 
 struct Team {
-  int id;         // -1: this warp is in none
+  int id;           // -1: this warp is in none
   int part, parts;  // this warp's part of every row
   int num_teams;
   int num_threads;  // of all warps but the poster
@@ -53,6 +53,7 @@ struct Outbox {
   template <class Tell>
   __device__ __forceinline__ void post(int num_items, int parts, Tell tell) const {
     const int lane = threadIdx.x % 32;
+#pragma unroll 1
     for (int next = 0; next < num_items;) {
       const int item = next + lane;
       const bool ready =
@@ -95,11 +96,12 @@ struct Turns {
   }
 };
 
-// Brings line `thread` of [from, from + bytes) into the L1 without waiting for it. The result means nothing, but has to be used
-// somewhere, late, for the load to be kept.
+// Brings line `thread` of [from, from + bytes) into the L1 without waiting for it. The result means nothing, but has to
+// be used somewhere, late, for the load to be kept.
 __device__ __forceinline__ uint32_t touch(const void* from, int64_t bytes, int thread) {
   uint32_t value = 0;
-  if (thread * 128 < bytes) asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(static_cast<const uint8_t*>(from) + thread * 128));
+  if (thread * 128 < bytes)
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(static_cast<const uint8_t*>(from) + thread * 128));
   return value;
 }
 

@@ -107,13 +107,15 @@ struct Raw8<float> {
                   __uint_as_float(w[1].x), __uint_as_float(w[1].y), __uint_as_float(w[1].z), __uint_as_float(w[1].w)}};
   }
   __device__ __forceinline__ void set(const Eight& e) {
-    w[0] = make_uint4(__float_as_uint(e.v[0]), __float_as_uint(e.v[1]), __float_as_uint(e.v[2]), __float_as_uint(e.v[3]));
-    w[1] = make_uint4(__float_as_uint(e.v[4]), __float_as_uint(e.v[5]), __float_as_uint(e.v[6]), __float_as_uint(e.v[7]));
+    w[0] =
+        make_uint4(__float_as_uint(e.v[0]), __float_as_uint(e.v[1]), __float_as_uint(e.v[2]), __float_as_uint(e.v[3]));
+    w[1] =
+        make_uint4(__float_as_uint(e.v[4]), __float_as_uint(e.v[5]), __float_as_uint(e.v[6]), __float_as_uint(e.v[7]));
   }
 };
 
-// One block's scale from its largest magnitude, and what values are multiplied by. `quotient` is exact division where the
-// quantizer divides: a correctly rounded reciprocal and one correction give the correctly rounded quotient.
+// One block's scale from its largest magnitude, and what values are multiplied by. `quotient` is exact division where
+// the quantizer divides: a correctly rounded reciprocal and one correction give the correctly rounded quotient.
 struct Scale {
   float value, inverse;
   int divide;
@@ -187,10 +189,14 @@ struct QuantLane {
     *scale = s.value;
     const Eight a = raw[0].floats(), b = raw[1].floats();
     uint4 out;
-    out.x = pack_fp8(quotient(a.v[0], s, q), quotient(a.v[1], s, q), quotient(a.v[2], s, q), quotient(a.v[3], s, q), q.e5m2);
-    out.y = pack_fp8(quotient(a.v[4], s, q), quotient(a.v[5], s, q), quotient(a.v[6], s, q), quotient(a.v[7], s, q), q.e5m2);
-    out.z = pack_fp8(quotient(b.v[0], s, q), quotient(b.v[1], s, q), quotient(b.v[2], s, q), quotient(b.v[3], s, q), q.e5m2);
-    out.w = pack_fp8(quotient(b.v[4], s, q), quotient(b.v[5], s, q), quotient(b.v[6], s, q), quotient(b.v[7], s, q), q.e5m2);
+    out.x = pack_fp8(quotient(a.v[0], s, q), quotient(a.v[1], s, q), quotient(a.v[2], s, q), quotient(a.v[3], s, q),
+                     q.e5m2);
+    out.y = pack_fp8(quotient(a.v[4], s, q), quotient(a.v[5], s, q), quotient(a.v[6], s, q), quotient(a.v[7], s, q),
+                     q.e5m2);
+    out.z = pack_fp8(quotient(b.v[0], s, q), quotient(b.v[1], s, q), quotient(b.v[2], s, q), quotient(b.v[3], s, q),
+                     q.e5m2);
+    out.w = pack_fp8(quotient(b.v[4], s, q), quotient(b.v[5], s, q), quotient(b.v[6], s, q), quotient(b.v[7], s, q),
+                     q.e5m2);
     return out;
   }
 };

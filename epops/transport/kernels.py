@@ -34,7 +34,6 @@ class Plan(NamedTuple):
     recv_warps: int
     dynamic: int
     pdl: int = 0
-    streaming: int = 0
 
     def launch(self, phases: int = 3) -> Any:
         made = _C.Launch()
@@ -48,13 +47,15 @@ class Plan(NamedTuple):
 class Tuning:
     """Settings of the launch plans, with measured defaults (benchmarks/results).
 
-    ``num_sms``: blocks that send on the throughput path; ``spare_sms``: multiprocessors that no block of ours ever holds, so
-    that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M up to which all warps of a block, or a
-    few, share a token; above, each warp has its own.  ``pdl``: a kernel's launch overlaps the end of the one before.
+    ``num_sms``: blocks that send on the throughput path; ``spare_sms`` and ``spare_sms_throughput``: multiprocessors that no
+    block of ours ever holds, so that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M up to
+    which all warps of a block, or a few, share a token; above, each warp has its own.  ``limit_blocks``: at most so many blocks
+    (0: no limit).  ``pdl``: a kernel's launch overlaps the end of the one before.  ``extra``: plans by op, instead of all this.
     """
 
     num_sms: int = 32
     spare_sms: int = 4
+    spare_sms_throughput: int = 32
     decode_tokens: int = 160
     middle_tokens: int = 1024
     limit_blocks: int = 0
@@ -72,14 +73,16 @@ class Tuning:
         if op == "combine_backward":
             return Plan(blocks, max(1, min(self.num_sms, blocks)), threads, 1, 1, 1, self.pdl)
         if max_tokens <= self.decode_tokens:
-            if op == "combine":
-                blocks = max(1, min(blocks, max_tokens * max(1, num_ranks - 1)))
-            parts = min(15, pieces)
+            wanted = max(64, max_tokens) if op == "dispatch" else max_tokens * max(1, num_ranks - 1)
+            blocks, parts = max(1, min(blocks, wanted)), min(15, pieces)
             return Plan(blocks, blocks, threads, parts, parts, 0, self.pdl)
         if max_tokens <= self.middle_tokens:
-            parts = min(3 if op == "dispatch" else 7, pieces)
-            return Plan(blocks, blocks, threads, parts, parts, 0, self.pdl)
-        return Plan(blocks, min(self.num_sms, blocks), threads, 2 if op == "dispatch" else 1, 1, 1, self.pdl)
+            send = min(7, pieces)
+            return Plan(blocks, blocks, threads, send, min(3, pieces) if op == "dispatch" else send, 0, self.pdl)
+        blocks = max(1, min(blocks, num_sms - self.spare_sms_throughput))
+        return Plan(
+            blocks, min(self.num_sms, blocks), threads, 1 if op == "dispatch" else min(2, pieces), 1, 1, self.pdl
+        )
 
 
 class Sizes(NamedTuple):
@@ -217,7 +220,12 @@ def dispatch(
     p.x, p.topk_idx, p.topk_weights = address(x), address(topk_idx), address(topk_weights)
     p.idx64 = int(topk_idx.dtype == torch.int64)
     p.expert_slot, p.mask = address(expert_slot), address(mask)
-    p.rows, p.scales, p.row_weights, p.row_expert = address(rows), address(scales), address(row_weights), address(row_expert)
+    p.rows, p.scales, p.row_weights, p.row_expert = (
+        address(rows),
+        address(scales),
+        address(row_weights),
+        address(row_expert),
+    )
     p.row_source, p.expert_counts, p.expert_ends = address(row_source), address(expert_counts), address(expert_ends)
     p.route, p.status = address(route), address(status)
     p.tiles = 4
@@ -230,7 +238,9 @@ def dispatch(
     return Dispatched(rows, scales, row_weights, row_expert, row_source, expert_counts, expert_ends, route, status)
 
 
-def _empty_scales(lead: tuple[int, ...], num: int, dtype: torch.dtype, layout: str, device: torch.device) -> torch.Tensor:
+def _empty_scales(
+    lead: tuple[int, ...], num: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> torch.Tensor:
     if layout == "column":
         return torch.empty((*lead[:-1], num, lead[-1]), dtype=dtype, device=device).transpose(-1, -2)
     return torch.empty((*lead, num), dtype=dtype, device=device)
@@ -328,6 +338,8 @@ def combine_backward(
     status = torch.empty(words.STATUS_WORDS, dtype=torch.int32, device=y.device)
     p.grad_out, p.y, p.route, p.row_weights = address(grad_out), address(y), address(route), address(row_weights)
     p.grad_y, p.grad_row_weights, p.status = address(grad_y), address(grad_weights), address(status)
-    p.call_hash = call_hash("combine_backward", max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane)
+    p.call_hash = call_hash(
+        "combine_backward", max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane
+    )
     _C.launch_scatter(p, stream_of(y))
     return grad_y, grad_weights, status

@@ -104,7 +104,9 @@ def _my_place(group: Any, setting: str) -> Place:
     arch = f"{device.major}{device.minor}"
     built = kernels.ARCHS
     if not any(name.rstrip("af") == arch for name in built):
-        return Place(host, uuid, "", (), f"the kernels are built for sm_{', sm_'.join(built)}, and this GPU is sm_{arch}")
+        return Place(
+            host, uuid, "", (), f"the kernels are built for sm_{', sm_'.join(built)}, and this GPU is sm_{arch}"
+        )
     try:
         driver = Driver()
     except OSError as error:
@@ -196,7 +198,14 @@ class NvlinkTransport:
     # ---- ops -----------------------------------------------------------------------------------------------------------
 
     def dispatch(
-        self, owner: Any, /, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, x_scales: Any = None, **a: Any
+        self,
+        owner: Any,
+        /,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        x_scales: Any = None,
+        **a: Any,
     ) -> tuple[torch.Tensor, ...]:
         return self._dispatch(owner, x, topk_idx, topk_weights, x_scales, None, a)
 
@@ -283,7 +292,9 @@ class NvlinkTransport:
         self, owner: Any, /, grad_rows: torch.Tensor, grad_row_weights: Any, route: torch.Tensor, **a: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         a = {**a, "out_scale": a["grad_scale"], "addend_scale": 1.0}
-        grads = None if grad_row_weights is None or grad_row_weights.numel() == 0 else grad_row_weights.float().contiguous()
+        grads = (
+            None if grad_row_weights is None or grad_row_weights.numel() == 0 else grad_row_weights.float().contiguous()
+        )
         grad_x, grad_weights, status = self._combine(
             owner, "dispatch_backward", grad_rows, route, None, None, grads, grad_rows.dtype, a
         )

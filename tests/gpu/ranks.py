@@ -33,9 +33,7 @@ class Shape(NamedTuple):
     def rows(self) -> int:
         if self.capacity is not None:
             return self.capacity
-        return words.capacity(
-            self.layout, self.max_tokens, self.num_ranks, self.top_k, self.num_slots, self.alignment
-        )
+        return words.capacity(self.layout, self.max_tokens, self.num_ranks, self.top_k, self.num_slots, self.alignment)
 
     def tokens_of(self, rank: int) -> int:
         return self.max_tokens if self.tokens is None else self.tokens[rank % len(self.tokens)]
@@ -147,7 +145,9 @@ def expected_dispatch(
             tokens = wanted[peer].nonzero().squeeze(1)
             where = torch.full_like(tokens, peer)
             parts.append(
-                ref_dispatch.pack(rows, scales, batch.topk_weights, choice.send_slot, tokens, where, num_slots=num_slots)
+                ref_dispatch.pack(
+                    rows, scales, batch.topk_weights, choice.send_slot, tokens, where, num_slots=num_slots
+                )
             )
         packed.append(parts)
     results = []
@@ -206,6 +206,8 @@ def expected_combine(
             owners.append(tokens)
         total = ref_combine.sum_over_ranks(rows, owners, send_slot.shape[0])
         outs.append(
-            ref_combine.finish(total, addends[rank], out_dtype=out_dtype, out_scale=out_scale, addend_scale=addend_scale)
+            ref_combine.finish(
+                total, addends[rank], out_dtype=out_dtype, out_scale=out_scale, addend_scale=addend_scale
+            )
         )
     return outs

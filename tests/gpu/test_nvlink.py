@@ -86,8 +86,15 @@ def pair_scenario(rank, world):
 
     from .ranks import Shape, expected_combine, expected_dispatch, random_batch
 
-    for tokens, hidden, layout in ((7, 256, "expert"), (128, 7168, "expert"), (1500, 512, "expert"), (64, 2880, "rank")):
-        shape = Shape(world, tokens, 8, 32 * world - 1, 32, hidden, layout=layout, alignment=16 if layout == "expert" else 1)
+    for tokens, hidden, layout in (
+        (7, 256, "expert"),
+        (128, 7168, "expert"),
+        (1500, 512, "expert"),
+        (64, 2880, "rank"),
+    ):
+        shape = Shape(
+            world, tokens, 8, 32 * world - 1, 32, hidden, layout=layout, alignment=16 if layout == "expert" else 1
+        )
         with make("pair", shape) as group:
             assert group.transport.name == "nvlink", repr(group)
             for seed in range(4):
@@ -102,7 +109,14 @@ def pair_scenario(rank, world):
                 ws = [torch.rand(shape.rows, generator=made) for _ in range(world)]
                 outs = expected_combine(shape, ys, ws, want, [b.x for b in batches], out_dtype=torch.bfloat16)
                 back = epops.combine(
-                    ys[rank].cuda(), sent.route, ws[rank].cuda(), x, group=group, layout=layout, num_tokens=tokens, top_k=8
+                    ys[rank].cuda(),
+                    sent.route,
+                    ws[rank].cuda(),
+                    x,
+                    group=group,
+                    layout=layout,
+                    num_tokens=tokens,
+                    top_k=8,
                 )
                 same(back.out, outs[rank], f"combine {shape} seed {seed}")
             group.check()

@@ -50,7 +50,9 @@ def check_rows(shape, rank, got, want, send_slot, batch, seed):
     assert torch.equal(route[split:], grouped.recv_row.reshape(-1).to(torch.int32)), f"recv_row, {here}"
 
 
-def run_pair(ranks, shape, seed, *, quant=None, dtype=None, addend=True, weighted=True, batches=None, mask=None, repeat=1):
+def run_pair(
+    ranks, shape, seed, *, quant=None, dtype=None, addend=True, weighted=True, batches=None, mask=None, repeat=1
+):
     dtype = dtype or torch.bfloat16
     device = ranks.device
     batches = batches or [random_batch(shape, rank, seed, dtype=dtype) for rank in range(shape.num_ranks)]
@@ -58,7 +60,9 @@ def run_pair(ranks, shape, seed, *, quant=None, dtype=None, addend=True, weighte
     inputs = [[t.to(device) for t in batch] for batch in batches]
     expert_slot = slots_of(shape).to(device)
     alive = (torch.ones(shape.num_ranks, dtype=torch.int64) if mask is None else mask).to(device)
-    settings = dict(num_experts=shape.num_experts, num_slots=shape.num_slots, max_tokens=shape.max_tokens, layout=shape.layout)
+    settings = dict(
+        num_experts=shape.num_experts, num_slots=shape.num_slots, max_tokens=shape.max_tokens, layout=shape.layout
+    )
     plan = ranks.plan("dispatch", shape.max_tokens, shape.hidden)
 
     def send(rank):
@@ -230,7 +234,15 @@ def test_gradients(layout, max_tokens):
     plan = ranks.plan("combine_backward", max_tokens)
     back = ranks.run(
         lambda r: kernels.combine_backward(
-            ranks.workspaces[r], plan, dev[2][r], dev[0][r], got[r].route, dev[1][r], out_scale=0.5, grad_scale=3.0, **settings
+            ranks.workspaces[r],
+            plan,
+            dev[2][r],
+            dev[0][r],
+            got[r].route,
+            dev[1][r],
+            out_scale=0.5,
+            grad_scale=3.0,
+            **settings,
         )
     )
     for rank in range(3):
