@@ -216,6 +216,10 @@ def writes(node: Node) -> bool:
     return getattr(node.target, "__module__", "") not in ("_operator", "math", "torch", "builtins")
 
 
+COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_functional", "fsdp", "symm_mem")
+"""Namespaces of operators that talk to other ranks, or that wait for those that do."""
+
+
 def is_exchange(node: Any) -> bool:
     """Whether a node talks to other ranks: an epops exchange, a collective of torch.distributed, or one with a pinned order."""
     name = op_name(node)
@@ -226,11 +230,7 @@ def is_exchange(node: Any) -> bool:
     if is_control_deps(node):
         return True
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.name.split("::")[0] in (
-        "_c10d_functional",
-        "c10d",
-        "_c10d_functional_autograd",
-    )
+    return schema is not None and schema.name.split("::")[0] in COLLECTIVES
 
 
 def between(first: Node, last: Node) -> Iterator[Node]:
