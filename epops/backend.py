@@ -14,7 +14,7 @@ from .group import ExpertGroup, get_group, process_groups
 from .torch_private import eager_backward_compile, private_store
 
 COMPILE_WAIT = 1800.0
-"""Seconds that a rank waits for another one that compiles the same graph, before it compiles for itself."""
+"""Seconds that a rank waits for another one that compiles: for its entry in the cache, then in the first exchange of the graph."""
 
 
 def epops_backend(
@@ -47,6 +47,9 @@ def epops_backend(
             return compile_fx(model, inputs, config_patches=settings)
 
     result = _in_turn(groups[0], model, inputs, compiled) if groups and share else compiled()
+    for group in groups:
+        # Peers compile as well, some for longer: the first exchange after a compile waits for them.
+        group.transport.patience = COMPILE_WAIT
     return _watch(result, [group for group in groups if not group.transport.host_counts])
 
 

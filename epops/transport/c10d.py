@@ -32,6 +32,8 @@ class GlooTransport:
         self.communicator = communicator
         self.group_name = group_name
         self.timeout = timedelta(seconds=timeout)
+        self.patience = 0.0
+        """Seconds that the next exchange may wait where they are more than the timeout: set after a compile, when peers compile too."""
         self.size = communicator.size() if communicator is not None else 1
         self.rank = communicator.rank() if communicator is not None else 0
 
@@ -90,6 +92,7 @@ class GlooTransport:
             sends.append((peer, self._post(call, sequence, "header", peer, heads[peer], HEADER_TAG, send=True)))
             recvs[peer] = self._post(call, sequence, "header", peer, incoming[peer], HEADER_TAG, send=False)
         self._wait_all(call, sequence, "header", [*recvs.items(), *sends])
+        self.patience = 0.0
         return {peer: head.tolist() for peer, head in incoming.items()}
 
     def _swap_rows(self, call: Call, sequence: int, rows: list[torch.Tensor], received: list[torch.Tensor]) -> None:
@@ -117,7 +120,7 @@ class GlooTransport:
     def _wait_all(
         self, call: Call, sequence: int, phase: str, works: list[tuple[int, tuple[dist.Work, torch.Tensor]]]
     ) -> None:
-        deadline = time.monotonic() + self.timeout.total_seconds()
+        deadline = time.monotonic() + max(self.timeout.total_seconds(), self.patience)
         for peer, (work, _) in works:
             left = max(deadline - time.monotonic(), 0.001)
             try:
@@ -128,7 +131,7 @@ class GlooTransport:
     def _lost(self, call: Call, sequence: int, phase: str, peer: int, error: Exception) -> PeerError:
         return PeerError(
             f"epops.{call.op}: rank {self.rank} of group {self.group_name!r}: peer {peer} did not arrive within "
-            f"{self.timeout.total_seconds():g} s, or left (phase {phase}, epoch {sequence}); see what ended that rank, then "
+            f"{max(self.timeout.total_seconds(), self.patience):g} s, or left (phase {phase}, epoch {sequence}); see what ended that rank, then "
             f"close the group and make a new one [{str(error).splitlines()[0][:200] if str(error) else 'no detail'}]"
         )
 

@@ -216,3 +216,19 @@ def latecomer(rank: int, size: int) -> tuple[str, float]:
 def test_a_rank_that_does_not_make_the_group_is_named_within_the_timeout() -> None:
     said, took = run_ranks(latecomer, 2, fresh=True)[0]
     assert "rank 1 of 2 did not make the group within 1 s" in said and took < 3
+
+
+def slow_compiler(rank: int, size: int) -> float:
+    group = epops.ExpertGroup(None, "ep", max_tokens=4, num_experts=4, timeout=1.0)
+    call(group, rank)
+    group.transport.patience = 30.0
+    if rank == 1:
+        time.sleep(2.5)
+    call(group, rank)
+    after = group.transport.patience
+    group.close()
+    return after
+
+
+def test_after_a_compile_one_exchange_waits_for_peers_that_still_compile() -> None:
+    assert run_ranks(slow_compiler, 2) == [0.0, 0.0]
