@@ -1,4 +1,4 @@
-"""Ranks on two hosts with their own addresses, under `torchrun --nnodes 2`."""
+"""Ranks on two hosts with their own addresses, under `torchrun --nnodes 2`.  (The demo over them: tests/demo/test_demo.py.)"""
 
 from __future__ import annotations
 
@@ -49,9 +49,3 @@ def test_a_cut_cable_is_an_error_on_both_hosts_within_the_timeout(hosts: tuple[H
         assert told, said
         assert float(told[1]) < 10, "the group's timeout is 3 s"
         assert float(re.search(r"closed after ([\d.]+) s", said)[1]) < 10, said
-
-
-def test_the_demo_runs_over_two_hosts(hosts: tuple[Host, Host]) -> None:
-    few = ["--steps", "3", "--batch", "4", "--length", "16", "--new-tokens", "4", "--eager"]
-    said, _ = torchrun(hosts, "-m", "epops.demo", *few, timeout=240)
-    assert "2 ranks" in said, said
