@@ -33,7 +33,7 @@ class GlooTransport:
         self.group_name = group_name
         self.timeout = timedelta(seconds=timeout)
         self.patience = 0.0
-        """Seconds that the next exchange may wait where they are more than the timeout: set after a compile, when peers compile too."""
+        """Seconds that the next exchange may wait, where more than the timeout: set after a compile, when peers compile too."""
         self.size = communicator.size() if communicator is not None else 1
         self.rank = communicator.rank() if communicator is not None else 0
 
@@ -131,8 +131,8 @@ class GlooTransport:
     def _lost(self, call: Call, sequence: int, phase: str, peer: int, error: Exception) -> PeerError:
         return PeerError(
             f"epops.{call.op}: rank {self.rank} of group {self.group_name!r}: peer {peer} did not arrive within "
-            f"{max(self.timeout.total_seconds(), self.patience):g} s, or left (phase {phase}, epoch {sequence}); see what ended that rank, then "
-            f"close the group and make a new one [{str(error).splitlines()[0][:200] if str(error) else 'no detail'}]"
+            f"{max(self.timeout.total_seconds(), self.patience):g} s, or left (phase {phase}, epoch {sequence}); see what ended "
+            f"that rank, then close the group and make a new one [{str(error).splitlines()[0][:200] if str(error) else 'no detail'}]"
         )
 
     def _check(self, call: Call, sequence: int, peer: int, mine: list[int], theirs: list[int]) -> None:
