@@ -132,7 +132,8 @@ class GlooTransport:
         return PeerError(
             f"epops.{call.op}: rank {self.rank} of group {self.group_name!r}: peer {peer} did not arrive within "
             f"{max(self.timeout.total_seconds(), self.patience):g} s, or left (phase {phase}, epoch {sequence}); see what ended "
-            f"that rank, then close the group and make a new one [{str(error).splitlines()[0][:200] if str(error) else 'no detail'}]"
+            f"that rank, then close the group and make a new one "
+            f"[{str(error).splitlines()[0][:200] if str(error) else 'no detail'}]"
         )
 
     def _check(self, call: Call, sequence: int, peer: int, mine: list[int], theirs: list[int]) -> None:
