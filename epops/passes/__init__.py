@@ -102,12 +102,21 @@ def run_passes(graph: Graph, passes: tuple[Pass, ...]) -> dict[str, int]:
     return done
 
 
-def _sources(passes: tuple[Pass, ...]) -> bytes:
-    """Hash of all that decides what the passes do: this package's sources, and those of the user's passes."""
+def _package() -> bytes:
     digest = hashlib.sha256(torch.__version__.encode())
     package = Path(__file__).parent
     for path in [*sorted(package.glob("*.py")), package.parent / "schema.py", package.parent / "torch_private.py"]:
         digest.update(path.read_bytes())
+    return digest.digest()
+
+
+_PACKAGE = _package()
+"""Hash of the code that this process runs: read once, for a file may change under it."""
+
+
+def _sources(passes: tuple[Pass, ...]) -> bytes:
+    """Hash of all that decides what the passes do: this package's sources, and those of the user's passes."""
+    digest = hashlib.sha256(_PACKAGE)
     for entry in passes:
         digest.update(
             f"{getattr(entry, '__module__', '')}.{getattr(entry, '__qualname__', type(entry).__qualname__)}".encode()
