@@ -11,12 +11,12 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-fast lint format cuda-check models bench clean
+.PHONY: help demo test test-all lint format cuda-check models bench clean
 
 help:
 	@echo "make demo        train, check and run a small Mixtral over 2 ranks       ARGS='--ranks 4 --model olmoe'"
-	@echo "make test        the whole test suite                                   ARGS='-k dispatch'"
-	@echo "make test-fast   the same without the tests marked slow"
+	@echo "make test        the tests, but those marked slow                       ARGS='-k dispatch'"
+	@echo "make test-all    all tests: also whole models through Inductor, minutes each"
 	@echo "make lint        ruff, mypy, clang-format      (make format mends what can be mended)"
 	@echo "make cuda-check  compile every kernel with nvcc; registers and spills"
 	@echo "make models      a tiny instance of every MoE family against the one-process model; writes docs/models.md"
@@ -33,10 +33,10 @@ demo: $(VENV)/have-hf
 	@$(BIN)/epops demo $(ARGS)
 
 test: $(VENV)/have-test-hf
-	@$(BIN)/python -m pytest $(ARGS)
-
-test-fast: $(VENV)/have-test-hf
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/have-test-hf
+	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/have-dev
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ def _gradients(rank: int, size: int, family: str) -> dict[str, Any]:
     return check.gradients(family, compiler="graph")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", zoo.families(False))
 def test_families_with_loops_of_their_own_capture_whole(family: str) -> None:
     assert_equal_within_limits(run_ranks(_gradients, 2, family, timeout=300.0))
