@@ -32,17 +32,18 @@ def run(*arguments: str, timeout: float = 500.0) -> subprocess.CompletedProcess[
 
 
 def row(said: str, what: str) -> list[str]:
-    """The cells after ``what`` in the table at the end."""
-    line = next((line for line in said.splitlines() if what in line), None)
-    assert line is not None, said
-    return [cell.strip() for cell in line.split(what)[1].strip(" │").split("│")]
+    """The cells of the row whose first cell begins with ``what``, in the table at the end, without that first cell."""
+    rows = ([cell.strip() for cell in line.strip(" │").split("│")] for line in said.splitlines() if what in line)
+    found = next((cells[1:] for cells in rows if cells[0].startswith(what)), None)
+    assert found is not None, said
+    return found
 
 
 def test_two_eager_ranks_are_the_one_process_model() -> None:
     done = run("epops.demo", "--eager", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     for what in ("loss, first", "gradient norm, first", "loss, whole curve", "logits after", "gradients after"):
-        assert re.search(r"\d\.\de[-+]\d\d", row(done.stdout, what)[0].split()[-1]), done.stdout
+        assert re.search(r"\d\.\de[-+]\d\d", row(done.stdout, what)[0]), done.stdout
     assert row(done.stdout, "text as the one-process model writes it")[0] == "yes", done.stdout
     assert "rank 1 writes" in done.stdout and "the same model" in done.stdout
 
