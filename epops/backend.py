@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from . import passes
-from .group import ExpertGroup, get_group, process_groups
+from .group import ExpertGroup, compiling, get_group, process_groups
 from .torch_private import eager_backward_compile, private_store
 
 COMPILE_WAIT = 1800.0
-"""Seconds that a rank waits for another one that compiles: for its entry in the cache, then in the first exchange of the graph."""
+"""Seconds that a rank waits for another one's entry in the compile cache before it compiles by itself."""
 
 
 def epops_backend(
@@ -35,6 +35,7 @@ def epops_backend(
 
     settings: dict[str, Any] = dict(list_mode_options(mode) if mode else {})
     settings.update(options or {})
+    compiling.watch(now=True)
     chosen = passes.choose(settings.pop("passes", None))
     share = settings.pop("share_compile", True)
     earlier = settings.get("post_grad_custom_pre_pass", config.post_grad_custom_pre_pass)
@@ -47,9 +48,6 @@ def epops_backend(
             return compile_fx(model, inputs, config_patches=settings)
 
     result = _in_turn(groups[0], model, inputs, compiled) if groups and share else compiled()
-    for group in groups:
-        # Peers compile as well, some for longer: the first exchange after a compile waits for them.
-        group.transport.patience = COMPILE_WAIT
     return _watch(result, [group for group in groups if not group.transport.host_counts])
 
 

@@ -128,6 +128,17 @@ def eager_backward_compile() -> Any:
     return contextlib.nullcontext()
 
 
+def on_compile(begin: Any, end: Any) -> bool:
+    """Have ``begin`` and ``end`` called around every compile of this process.  False where torch does not say when it compiles."""
+    try:
+        from torch._dynamo.callback import callback_handler
+    except ImportError:
+        return False
+    callback_handler.register_start_callback(begin)
+    callback_handler.register_end_callback(end)
+    return True
+
+
 def symmetric_empty(num_bytes: int, device: torch.device) -> torch.Tensor:
     """(num_bytes,) uint8 on ``device`` that peers can map; see `symmetric_addresses`."""
     from torch.distributed import _symmetric_memory

@@ -13,9 +13,13 @@ from .. import layout as words
 from ..errors import DisagreementError, GroupError, PeerError
 from ..torch_private import is_capturing, private_backend, private_store
 from ..transport import CaptureTransport, GlooTransport, NcclTransport
+from ..transport.mailbox import MESSAGE_WORDS, Absent, Mailbox
 from . import registry
 from .settings import Settings
 from .turns import Turns
+
+CONTROL_TAG = 73
+CONTROL_MAGIC = 0x45504F43
 
 _generations: dict[str, int] = {}
 """How often a name was used by the same ranks: the part of a communicator's name that tells two groups of one name apart."""
@@ -83,6 +87,7 @@ class ExpertGroup(Turns):
             self.prefix = self._make_prefix()
             self._agree(transport)
             self.control = self._communicator("gloo", "control")
+            self._mailbox = Mailbox(self.control, timeout, CONTROL_TAG)
             self.transport = self._make_transport(transport)
         except BaseException:
             registry.remove(self)
@@ -146,6 +151,7 @@ class ExpertGroup(Turns):
         self._maps.clear()
         self.cache.clear()
         self.transport.close()
+        self._mailbox.close()
         self.control = None
         if raise_errors:
             if unfinished:
@@ -172,21 +178,39 @@ class ExpertGroup(Turns):
     def host_all_gather(self, values: list[int]) -> list[list[int]]:
         """``values`` of every rank, by rank: a small exchange on the host, for what ranks agree on between steps.
 
-        Raises PeerError when a rank does not take part within the group's timeout.
+        Every rank gives as many values.  Raises `PeerError` when a rank does not take part within the group's timeout, unless
+        it compiles, and `DisagreementError` when one gave another number of values.
         """
         self._require_open("ExpertGroup.host_all_gather")
+        every = [list(values) if rank == self.rank else [] for rank in range(self.size)]
         if self.control is None:
-            return [list(values)]
-        mine = torch.tensor(values, dtype=torch.int64)
-        every = [torch.empty_like(mine) for _ in range(self.size)]
+            return every
+        most = MESSAGE_WORDS - 2
         try:
-            self.control.allgather([every], [mine]).wait()
-        except RuntimeError as error:
+            for begin in range(0, max(len(values), 1), most):
+                part = values[begin : begin + most]
+                message = [CONTROL_MAGIC, len(values), *part, *[0] * (most - len(part))]
+                theirs = self._mailbox.swap(torch.tensor([message] * self.size, dtype=torch.int64))
+                for peer, said in theirs.items():
+                    if said[:2] != message[:2]:
+                        raise DisagreementError(
+                            f"epops.ExpertGroup.host_all_gather: rank {self.rank} of group {self.name!r}: expected {len(values)} "
+                            f"values as here, got {said[1]} from rank {peer}; all ranks must make the same calls in the same order"
+                        )
+                    every[peer] += said[2 : 2 + len(part)]
+        except Absent as error:
             raise PeerError(
-                f"epops.ExpertGroup.host_all_gather: rank {self.rank} of group {self.name!r}: a peer did not take part within "
-                f"{self.timeout:g} s, or left; see what ended it [{str(error).splitlines()[0][:200]}]"
+                f"epops.ExpertGroup.host_all_gather: rank {self.rank} of group {self.name!r}: peer {error.peer} did not take part "
+                f"within {self.timeout:g} s, or left; see what ended it [{error}]"
             ) from error
-        return [part.tolist() for part in every]
+        return every
+
+    def mailboxes(self) -> list[Mailbox]:
+        """Where peers may be waiting for this rank on the host."""
+        if self.closed or self.control is None:
+            return []
+        own = getattr(self.transport, "mailbox", None)
+        return [self._mailbox] if own is None else [self._mailbox, own]
 
     def _check_settings(self, transport: str) -> None:
         def demand(good: bool, what: str, expected: str, got: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import EpopsError, GroupError, PeerError
 from ..transport import GlooTransport
+from . import compiling
 from .faults import Faults
 
 
@@ -96,6 +97,7 @@ class Turns(Faults):
 
     def _next(self, op: str) -> int:
         self._require_open(op)
+        compiling.watch()
         if self._lost is not None:
             self.check()
         if self.pending_errors():

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-HEADER_WORDS = 16
+from .mailbox import MESSAGE_WORDS
+
+HEADER_WORDS = MESSAGE_WORDS
 HEADER_MAGIC = 0x45504F5058
 
 OPCODES = (

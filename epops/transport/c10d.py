@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from ..errors import DisagreementError, GroupError, PeerError
 from ..layout import STATUS_BAD_ROUTE
-from .base import HEADER_WORDS, OPCODES, Call, Swap, differences
+from .base import OPCODES, Call, Swap, differences
+from .mailbox import Absent, Mailbox
 
 HEADER_TAG = 71
 ROWS_TAG = 72
@@ -32,10 +33,9 @@ class GlooTransport:
         self.communicator = communicator
         self.group_name = group_name
         self.timeout = timedelta(seconds=timeout)
-        self.patience = 0.0
-        """Seconds that the next exchange may wait, where more than the timeout: set after a compile, when peers compile too."""
-        self.size = communicator.size() if communicator is not None else 1
-        self.rank = communicator.rank() if communicator is not None else 0
+        self.mailbox = Mailbox(communicator, timeout, HEADER_TAG)
+        self.size = self.mailbox.size
+        self.rank = self.mailbox.rank
 
     def __repr__(self) -> str:
         return "c10d (gloo)" if self.size > 1 else "c10d (one rank, no wire)"
@@ -81,23 +81,15 @@ class GlooTransport:
             heads = Call("abort").header(sequence, OPCODES.index(op) if op in OPCODES else 0, [0] * self.size)
             self._swap_headers(Call("abort"), sequence, heads)
 
-    def _peers(self) -> list[int]:
-        return [(self.rank + step) % self.size for step in range(1, self.size)]
-
     def _swap_headers(self, call: Call, sequence: int, heads: torch.Tensor) -> dict[int, list[int]]:
-        assert self.communicator is not None, "a group of one rank has no peers"
-        incoming = {peer: torch.empty(HEADER_WORDS, dtype=torch.int64) for peer in self._peers()}
-        sends, recvs = [], {}
-        for peer in self._peers():
-            sends.append((peer, self._post(call, sequence, "header", peer, heads[peer], HEADER_TAG, send=True)))
-            recvs[peer] = self._post(call, sequence, "header", peer, incoming[peer], HEADER_TAG, send=False)
-        self._wait_all(call, sequence, "header", [*recvs.items(), *sends])
-        self.patience = 0.0
-        return {peer: head.tolist() for peer, head in incoming.items()}
+        try:
+            return self.mailbox.swap(heads)
+        except Absent as error:
+            raise self._lost(call, sequence, "header", error.peer, error) from error
 
     def _swap_rows(self, call: Call, sequence: int, rows: list[torch.Tensor], received: list[torch.Tensor]) -> None:
         works = []
-        for peer in self._peers():
+        for peer in self.mailbox.peers():
             if received[peer].numel():
                 works.append((peer, self._post(call, sequence, "rows", peer, received[peer], ROWS_TAG, send=False)))
             if rows[peer].numel():
@@ -120,7 +112,7 @@ class GlooTransport:
     def _wait_all(
         self, call: Call, sequence: int, phase: str, works: list[tuple[int, tuple[dist.Work, torch.Tensor]]]
     ) -> None:
-        deadline = time.monotonic() + max(self.timeout.total_seconds(), self.patience)
+        deadline = time.monotonic() + self.timeout.total_seconds()
         for peer, (work, _) in works:
             left = max(deadline - time.monotonic(), 0.001)
             try:
@@ -131,7 +123,7 @@ class GlooTransport:
     def _lost(self, call: Call, sequence: int, phase: str, peer: int, error: Exception) -> PeerError:
         return PeerError(
             f"epops.{call.op}: rank {self.rank} of group {self.group_name!r}: peer {peer} did not arrive within "
-            f"{max(self.timeout.total_seconds(), self.patience):g} s, or left (phase {phase}, epoch {sequence}); see what ended "
+            f"{self.timeout.total_seconds():g} s, or left (phase {phase}, epoch {sequence}); see what ended "
             f"that rank, then close the group and make a new one "
             f"[{str(error).splitlines()[0][:200] if str(error) else 'no detail'}]"
         )
@@ -151,6 +143,7 @@ class GlooTransport:
             )
 
     def close(self) -> None:
+        self.mailbox.close()
         self.communicator = None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -218,17 +219,43 @@ def test_a_rank_that_does_not_make_the_group_is_named_within_the_timeout() -> No
     assert "rank 1 of 2 did not make the group within 1 s" in said and took < 3
 
 
-def slow_compiler(rank: int, size: int) -> float:
+def slow_compiler(rank: int, size: int) -> tuple[str, str, list[list[int]], str]:
+    """Rank 1 alone compiles, for three timeouts; later it is as late again and has no reason."""
+
+    def backend(module: torch.fx.GraphModule, _: object) -> Any:
+        time.sleep(3.0)
+        return module.forward
+
+    torch.compile(lambda x: x * 2, backend="eager")(torch.ones(2))  # the imports of a first compile take seconds
+    dist.barrier()
     group = epops.ExpertGroup(None, "ep", max_tokens=4, num_experts=4, timeout=1.0)
     call(group, rank)
-    group.transport.patience = 30.0
+    if rank == 1:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    first = error_of(lambda: call(group, rank))
+    if rank == 1:
+        torch.compile(lambda x: x - 1, backend=backend)(torch.ones(2))
+    told = group.host_all_gather([rank + 5, *range(20)])
+    second = error_of(lambda: call(group, rank))
     if rank == 1:
         time.sleep(2.5)
-    call(group, rank)
-    after = group.transport.patience
-    group.close()
-    return after
+    late = error_of(lambda: call(group, rank))
+    group.close(raise_errors=False)
+    return first, second, told, late
 
 
-def test_after_a_compile_one_exchange_waits_for_peers_that_still_compile() -> None:
-    assert run_ranks(slow_compiler, 2) == [0.0, 0.0]
+def test_a_rank_that_compiles_alone_keeps_its_peers_waiting_beyond_the_timeout() -> None:
+    for first, second, told, late in run_ranks(slow_compiler, 2, fresh=True):
+        assert (first, second) == ("nothing", "nothing")
+        assert [values[0] for values in told] == [5, 6] and all(values[1:] == list(range(20)) for values in told)
+        assert "PeerError" in late
+
+
+def unequal_facts(rank: int, size: int) -> str:
+    with epops.ExpertGroup(None, "ep", max_tokens=4, num_experts=4, timeout=5.0) as group:
+        return error_of(lambda: group.host_all_gather([1] * (rank + 1)))
+
+
+def test_ranks_that_gather_different_numbers_of_values_are_told() -> None:
+    for said in run_ranks(unequal_facts, 2, fresh=True):
+        assert "DisagreementError" in said
