@@ -9,11 +9,12 @@ import torch
 from .. import layout as words
 from ..group import ExpertGroup, get_group
 from ..meta import all_to_all as fakes
+from ..meta.checks import fail
 from ..reference.all_to_all import cut, even_splits, join, read_plan, reverse_plan, write_plan
 from ..transport import Call, Swap
 from .arguments import common_arguments
 from .device_all_to_all import finish_on_device, prepare_on_device
-from .exchange import Blocks, Halves, check_group, settle, start, status_bits, wait, whole
+from .exchange import Blocks, Halves, check_group, checked, settle, start, status_bits, wait, whole
 from .registry import bind, call, differentiate
 
 
@@ -137,9 +138,11 @@ def all_to_all_wait(
 def plan_all_to_all(
     input_splits: torch.Tensor, output_splits: torch.Tensor | None = None, *, group: Any, lane: int = 0
 ) -> Plan:
-    """Exchange splits and compute offsets once, for the `all_to_all` calls of every layer.
+    """Compute offsets once, for the `all_to_all` calls of every layer; their splits are not passed again.
 
-    ``input_splits`` (R,) int64; ``output_splits`` None: exchanged.  Both along one dim (``scatter_dim`` = ``gather_dim``).
+    ``input_splits`` (R,) int64 lie along ``scatter_dim`` of those calls, ``output_splits`` along ``gather_dim``.  Where the two are
+    one dim, ``output_splits`` may be None: ranks then tell one another what they send.  Given splits are not exchanged; whether
+    ranks agree on them is found by the first `all_to_all`.
     """
     facts, _ = common_arguments("plan_all_to_all", group, 1, None, None)
     found = torch.ops.epops.plan_all_to_all.default(
@@ -157,14 +160,35 @@ def _check(
     fakes.check_all_to_all("all_to_all", x, ins, outs, plan, **a)
     check_group("all_to_all", group, x, a["ep_size"])
     if group.transport.host_counts:
-        splits = ins if plan is None else read_plan(plan, group.size)[0]
-        if splits is not None:
-            values = splits.tolist()
-            if min(values) < 0 or sum(values) > x.shape[a["scatter_dim"]]:
-                raise ValueError(
-                    f"epops.all_to_all: input_splits: expected splits from 0 whose sum is at most {x.shape[a['scatter_dim']]}, the "
-                    f"size of dim {a['scatter_dim']}, got {values}; pass splits of x"
-                )
+        _check_values(group, x, ins, outs, plan, a["scatter_dim"], a["gather_dim"])
+
+
+def _check_values(
+    group: ExpertGroup, x: torch.Tensor, ins: Any, outs: Any, plan: Any, scatter_dim: int, gather_dim: int
+) -> None:
+    along = x.shape[scatter_dim]
+    if plan is not None:
+        version, ranks = plan[:2].tolist()
+        ins, offsets, outs, _ = read_plan(plan, group.size)
+        ends = (ins + offsets).tolist()
+        if (version, ranks) != (1, group.size) or min(offsets.tolist()) < 0 or max(ends) > along:
+            fail(
+                "all_to_all",
+                "plan",
+                f"a plan for {group.size} ranks of pieces inside dim {scatter_dim} of x, 0 … {along}",
+                f"version {version}, {ranks} ranks, pieces {[*zip(offsets.tolist(), ends)]}",
+                "pass the plan that epops.plan_all_to_all made of splits of x",
+            )
+    values = [0] if ins is None else ins.tolist()
+    if min(values) < 0 or sum(values) > along:
+        expected = f"splits from 0 whose sum is at most {along}, the size of dim {scatter_dim}"
+        fail("all_to_all", "input_splits", expected, values, "pass splits of x")
+    values = [0] * group.size if outs is None else outs.tolist()
+    if min(values) < 0:
+        fail("all_to_all", "output_splits", "splits from 0", values, "pass what each rank sends")
+    if scatter_dim != gather_dim and values[group.rank] > x.shape[gather_dim]:
+        expected = f"at most {x.shape[gather_dim]} for rank {group.rank} itself, the size of dim {gather_dim} of its x"
+        fail("all_to_all", "output_splits", expected, values, "pass what each rank has")
 
 
 def _prepare(
@@ -248,19 +272,43 @@ def _all_to_all_wait(ticket: Any, x: Any, ins: Any = None, outs: Any = None, pla
     return wait(ALL_TO_ALL, ticket, (x, ins, outs, plan), _full(a), _full(a))
 
 
-def _plan_all_to_all(ins: torch.Tensor, outs: torch.Tensor | None = None, **a: Any) -> Any:
-    group = get_group(a["group"])
+def _check_plan(group: ExpertGroup, /, ins: torch.Tensor, outs: Any = None, **a: Any) -> None:
     fakes.plan_all_to_all(ins, outs, **a)
-    ones = torch.ones(group.size, dtype=torch.int64, device=ins.device)
-    came, _, status = _all_to_all(ins, ones, ones, None, out_size=group.size, scatter_size=group.size, **a)
-    if outs is not None:
-        differs = (came != outs).any().to(torch.int32) * words.STATUS_DISAGREE
-        status[0] |= differs
-        if group.transport.host_counts:
-            group.record("plan_all_to_all", int(differs), f"rank {group.rank}: what peers send is not output_splits")
-        else:
-            group.record_on_device(status)
+    check_group("plan_all_to_all", group, ins, a["ep_size"])
+    if group.transport.host_counts:
+        for name, splits in (("input_splits", ins), ("output_splits", outs)):
+            if splits is not None and min(splits.tolist()) < 0:
+                fail("plan_all_to_all", name, "splits from 0", splits.tolist(), "pass sizes")
+
+
+def _prepare_plan(group: ExpertGroup, /, ins: torch.Tensor, outs: Any = None, **a: Any) -> Any:
+    ones = torch.ones_like(ins)
+    out, keep = _prepare(group, ins, ones, ones, None, **_of_plan(group, a))
+    return out._replace(call=out.call._replace(op="plan_all_to_all")), keep
+
+
+def _finish_plan(
+    group: ExpertGroup, /, swap: Swap, keep: Any, sequence: int, ins: torch.Tensor, *_: Any, **a: Any
+) -> Any:
+    came, _, status = _finish(group, swap, keep, sequence, ins, **_of_plan(group, a))
     return write_plan(ins, came), status
+
+
+def _of_plan(group: ExpertGroup, a: dict[str, Any]) -> dict[str, Any]:
+    return {**_full(a), "out_size": group.size, "scatter_size": group.size}
+
+
+PLAN = Halves("plan_all_to_all", _check_plan, _prepare_plan, _finish_plan)
+
+
+def _plan_all_to_all(ins: torch.Tensor, outs: torch.Tensor | None = None, **a: Any) -> Any:
+    if outs is None:
+        return whole(PLAN, (ins, None), a)
+    group = get_group(a["group"])
+    checked(group, PLAN, (ins, outs), a)
+    status = torch.zeros(words.STATUS_WORDS, dtype=torch.int32, device=ins.device)
+    status[5] = -1
+    return write_plan(ins, outs), status
 
 
 bind("plan_all_to_all", _plan_all_to_all, fakes.plan_all_to_all)

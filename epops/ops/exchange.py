@@ -148,7 +148,7 @@ def whole(
     """The op in one call.  ``finish_only`` are arguments that only the local half reads."""
     group = get_group(a["group"])
     native = getattr(group.transport, halves.op, None)
-    _checked(group, halves, tensors, a, finish_only)
+    checked(group, halves, tensors, a, finish_only)
     if native is not None:
         return native(group, *tensors, *finish_only, **a)
 
@@ -162,7 +162,7 @@ def whole(
 def start(halves: Halves, tensors: tuple[torch.Tensor | None, ...], a: dict[str, Any]) -> torch.Tensor:
     """The sending half: everything that peers wait for.  Returns the ticket."""
     group = get_group(a["group"])
-    _checked(group, halves, tensors, a, ())
+    checked(group, halves, tensors, a, ())
     native = getattr(group.transport, f"{halves.op}_start", None)
     if native is not None:
         return native(group, *tensors, **a)
@@ -194,13 +194,14 @@ def wait(
     return halves.finish(group, swap, keep, turn, *tensors, *finish_only, **a)
 
 
-def _checked(
+def checked(
     group: ExpertGroup,
     halves: Halves,
     tensors: tuple[torch.Tensor | None, ...],
     a: dict[str, Any],
-    finish_only: tuple[Any, ...],
+    finish_only: tuple[Any, ...] = (),
 ) -> None:
+    """Run the checks of an op; peers are told of a failure, so that none waits for this rank."""
     try:
         halves.check(group, *tensors, *finish_only, **a)
     except (ValueError, EpopsError):
