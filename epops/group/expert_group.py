@@ -97,6 +97,7 @@ class ExpertGroup(Turns):
         self.tag = self.settings.tag
         self._maps: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         self.cache: dict[Any, torch.Tensor] = {}
+        self.known_calls: set[Any] = set()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else repr(self.transport)
@@ -150,6 +151,7 @@ class ExpertGroup(Turns):
         unfinished = self._end_turns()
         self._maps.clear()
         self.cache.clear()
+        self.known_calls.clear()
         self.transport.close()
         self._mailbox.close()
         self.control = None

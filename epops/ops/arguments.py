@@ -19,7 +19,7 @@ def common_arguments(
     if isinstance(group, Settings):
         facts = group
     elif hasattr(group, "tag"):
-        facts = parse_tag(group.tag)
+        facts = parse_tag(group.tag) if torch.compiler.is_compiling() else group.settings
     else:
         raise ValueError(
             f"epops.{op}: group: expected an ExpertGroup, its settings or its name, got {type(group).__name__}; create one with "

@@ -15,6 +15,7 @@ from ..transport import Call, Swap
 from .answers import answer_blocks, expected_answers
 from .arguments import common_arguments
 from .exchange import Blocks, Halves, check_group, settle, start, status_bits, token_lists, wait, whole
+from .known_calls import once
 from .registry import bind, call, differentiate
 
 
@@ -128,6 +129,7 @@ def combine_wait(
 # ---- the real kernels ----------------------------------------------------------------------------------------------
 
 
+@once
 def _check(
     group: ExpertGroup, /, y: Any, route: Any, w: Any = None, y_scales: Any = None, addend: Any = None, **a: Any
 ) -> None:
@@ -201,6 +203,7 @@ def _combine_wait(
 # ---- the gradient: combine_backward ----------------------------------------------------------------------------------
 
 
+@once
 def _check_backward(
     group: ExpertGroup, /, grad: Any, y: Any, route: Any, w: Any = None, y_scales: Any = None, **a: Any
 ) -> None:

@@ -13,6 +13,7 @@ from .arguments import dispatch_arguments, dispatch_defaults
 from .dispatch_backward import full_arguments, gradient, save
 from .dispatch_rows import Sent, receive, results, send
 from .exchange import Halves, check_group, start, wait, whole
+from .known_calls import once
 from .registry import bind, call, differentiate
 
 
@@ -130,6 +131,7 @@ def dispatch_wait(
 # ---- the real kernels ----------------------------------------------------------------------------------------------
 
 
+@once
 def _check(
     group: ExpertGroup, /, x: torch.Tensor, idx: torch.Tensor, w: torch.Tensor, scales: Any = None, **a: Any
 ) -> None:

@@ -15,6 +15,7 @@ from .dispatch import DispatchResult
 from .dispatch_backward import full_arguments, gradient, save
 from .dispatch_rows import Sent, receive, results, send
 from .exchange import Halves, check_group, start, wait, whole
+from .known_calls import once
 from .registry import bind, call, differentiate
 
 _ARITHMETIC = ("quant_dtype", "block", "scale_format", "scale_math", "eps_on", "eps", "clamp")
@@ -68,6 +69,7 @@ def dispatch_quant_wait(
 # ---- the real kernels ----------------------------------------------------------------------------------------------
 
 
+@once
 def _check(group: ExpertGroup, /, x: torch.Tensor, idx: torch.Tensor, w: torch.Tensor, **a: Any) -> None:
     fakes.check_dispatch("dispatch_quant", x, idx, w, None, **a)
     fakes.check_quant("dispatch_quant", x, a)
