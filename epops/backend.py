@@ -40,6 +40,8 @@ def epops_backend(
     share = settings.pop("share_compile", True)
     earlier = settings.get("post_grad_custom_pre_pass", config.post_grad_custom_pre_pass)
     settings["post_grad_custom_pre_pass"] = passes.PassRunner(chosen, earlier)
+    earlier = settings.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    settings["joint_custom_pre_pass"] = passes.JointRunner(chosen, earlier)
     passes.process_groups.known = process_groups
     groups = _groups(model)
 

@@ -25,7 +25,8 @@ def captured(
 ) -> list[PassedGraph]:
     """The graphs of ``model(*args, **kwargs)`` before and after the passes; nothing runs, so any rank alone may call it.
 
-    The backward graph is there too when a result needs gradients.
+    When a result needs gradients these are the joint graph, the forward and the backward that it is divided into; ``kind`` says
+    which is which.
     """
     graphs, result = capture(model, *args, passes=passes, dynamic=dynamic, **kwargs)
     run_backward(model, result, args, kwargs)
@@ -43,9 +44,9 @@ def normalized_graph(graph: Any, *, ops: tuple[str, ...] | None = None) -> str:
 
 
 def count_ops(graphs: Any, op: str) -> int:
-    """Calls of ``op`` ("epops.combine", "mm") in a graph or in all graphs of `captured`, after the passes."""
+    """Calls of ``op`` ("epops.combine", "mm") in a graph or in all graphs of `captured` that run, after the passes."""
     if isinstance(graphs, (list, tuple)) and not isinstance(graphs, PassedGraph):
-        return sum(count_ops(graph, op) for graph in graphs)
+        return sum(count_ops(graph, op) for graph in graphs if getattr(graph, "kind", "") != "joint")
     if isinstance(graphs, PassedGraph):
         graphs = graphs.after
     return sum(line.op == op for line in graph_lines(graphs))

@@ -20,6 +20,11 @@ def preserve_node_ordering(graph: torch.fx.Graph, after: dict[torch.fx.Node, Any
     preserve(graph, {node: OrderedSet(before) for node, before in after.items()})
 
 
+def is_joint(graph: torch.fx.Graph) -> bool:
+    """Whether a graph is that of forward and backward together: it takes the gradients of its own results."""
+    return any(node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes)
+
+
 def is_control_deps(node: torch.fx.Node) -> bool:
     """Whether ``node`` is Inductor's ordering wrapper around another node."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "control_deps"
@@ -59,12 +64,27 @@ def private_store(prefix: str) -> Any:
 def graphs_backend(seen: Any, *, run: bool) -> Any:
     """A backend for torch.compile that goes Inductor's way to where its passes after autograd begin, and stops there.
 
-    ``seen(module, kind)`` gets each graph, "inference", "forward" or "backward", as the custom pass before Inductor's own sees it,
-    and may change it.  ``run``: graphs then run node by node; otherwise they return zeros of the right shapes.
+    ``seen(module, kind)`` gets each graph, "joint", "inference", "forward" or "backward", as the custom pass before Inductor's own
+    sees it, and may change it.  ``run``: graphs then run node by node; otherwise they return zeros of the right shapes.
     """
     from torch._functorch import config as aot_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Joint(CustomGraphPass):
+        def __init__(self, earlier: Any) -> None:
+            self.earlier = earlier
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            if self.earlier is not None:
+                for entry in self.earlier if isinstance(self.earlier, (list, tuple)) else (self.earlier,):
+                    entry(graph)
+            if is_joint(graph):
+                seen(graph.owning_module, "joint")
+
+        def uuid(self) -> Any:
+            return None
     from torch._inductor.fx_passes import post_grad
 
     def inner(module: torch.fx.GraphModule, inputs: Any, **settings: Any) -> Any:
@@ -88,7 +108,9 @@ def graphs_backend(seen: Any, *, run: bool) -> Any:
         return call
 
     def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        with aot_config.patch(enable_autograd_cache=False), config.patch(fx_graph_cache=False):
+        joint = Joint(config.joint_custom_pre_pass)
+        settings = config.patch(fx_graph_cache=False, joint_custom_pre_pass=joint)
+        with aot_config.patch(enable_autograd_cache=False), settings:
             return compile_fx(module, inputs, inner_compile=inner)
 
     return backend

@@ -134,5 +134,5 @@ def expert_part(model: Any, ids: Tensor) -> str:
     from ..testing import captured
 
     graphs = captured(model.train(), input_ids=ids, labels=ids, use_cache=False)
-    parts = [f"{graph.kind}:\n{graph_text(graph.after, ops=('epops',))}" for graph in graphs]
+    parts = [f"{graph.kind}:\n{graph_text(graph.after, ops=('epops',))}" for graph in graphs if graph.kind != "joint"]
     return "\n\n".join(parts)

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from ..group import process_groups
+from ..passes import joint_passes
 from ..passes import process_groups as torch_groups
 from ..passes.decline_log import Declined, listen
 from ..passes.keep_order import keep_order
@@ -19,9 +20,10 @@ Pass = Callable[[Graph], int]
 
 
 class PassedGraph(NamedTuple):
-    """One graph: "inference", "forward" or "backward", as the passes found it and as they left it.
+    """One graph: "inference", or "joint", "forward" and "backward", as the passes found it and as they left it.
 
-    ``rewrites``: how many each pass made, in their order.
+    The joint graph of a training step does not run: it is divided into the forward and the backward graph, which show what became
+    of its rewrites.  ``rewrites``: how many each pass made, in their order.
     """
 
     kind: str
@@ -81,14 +83,16 @@ def apply_passes(module: GraphModule, passes: Iterable[Pass], kind: str) -> Pass
     before = GraphModule(module, copy_graph(module.graph))
     rewrites: dict[str, int] = {}
     # As the backend does: keep_order pins what the other passes left.
-    ordered = sorted(passes, key=lambda one: one is keep_order)
+    joint = kind == "joint"
+    ordered = joint_passes(passes) if joint else sorted(passes, key=lambda one: one is keep_order)
     with listen() as declined:
         for one in ordered:
             name = getattr(one, "__name__", type(one).__name__)
             rewrites[name] = rewrites.get(name, 0) + one(module.graph)
             module.graph.lint()
-        pin(module.graph)
-        module.graph.lint()
+        if not joint:
+            pin(module.graph)
+            module.graph.lint()
     return PassedGraph(kind, before, GraphModule(module, copy_graph(module.graph)), rewrites, declined)
 
 

@@ -81,8 +81,11 @@ def summary_lines(graph: PassedGraph) -> list[str]:
     lines = [f"{graph.kind} graph"]
     counts = ", ".join(f"{name} {count}" for name, count in graph.rewrites.items())
     lines.append(f"  rewrites: {counts or 'no pass ran'}")
-    before, after = wire_bytes(graph.before.graph), wire_bytes(graph.after.graph)
-    lines.append(f"  bytes that leave a rank, at most: {before} before, {after} after")
+    if graph.kind == "joint":
+        lines.append("  what runs are its two parts, the forward and the backward graph")
+    else:
+        before, after = wire_bytes(graph.before.graph), wire_bytes(graph.after.graph)
+        lines.append(f"  bytes that leave a rank, at most: {before} before, {after} after")
     names = names_of(graph.after)
     for one in overlaps(graph.after.graph):
         beside = ", ".join(names[node] for node in one.beside) or "no product"

@@ -18,6 +18,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
+from ..torch_private import is_joint
 from . import process_groups
 from .fuse_add import fuse_add
 from .fuse_quant import fuse_quant
@@ -32,10 +33,17 @@ PASSES: tuple[Pass, ...] = (keep_order, fuse_transpose, fuse_quant, fuse_add, ov
 """All passes, in the order in which they run; `keep_order` is always on, and runs again at the end, over what the others made."""
 
 
+JOINT: tuple[Pass, ...] = (fuse_transpose, fuse_quant, fuse_add)
+"""Passes that also run over the joint graph of forward and backward, before it is divided in two: what to keep for the
+backward is then decided about the rewritten graph.  The others ask for orders, which only the divided graphs have.  A pass of
+yours joins them by an attribute: ``my_pass.joint = True``."""
+
+
 class Report(NamedTuple):
-    """What one run over one graph did: pass name → rewrites."""
+    """What one run over one graph did: pass name → rewrites; ``joint``: over a joint graph."""
 
     rewrites: dict[str, int]
+    joint: bool = False
 
 
 reports: deque[Report] = deque(maxlen=256)
@@ -72,20 +80,45 @@ class PassRunner(CustomGraphPass):
 
     def __init__(self, passes: tuple[Pass, ...], earlier: Any = None) -> None:
         self.passes = passes
-        self.earlier = earlier
+        self.earlier = () if earlier is None else tuple(earlier) if isinstance(earlier, (list, tuple)) else (earlier,)
 
     def __call__(self, graph: Graph) -> None:
-        if self.earlier is not None:
-            self.earlier(graph)
+        for entry in self.earlier:
+            entry(graph)
+        self.run(graph)
+
+    def run(self, graph: Graph) -> None:
         reports.append(Report(run_passes(graph, self.passes)))
 
     def uuid(self) -> Any:
-        before = None
-        if self.earlier is not None:
-            before = self.earlier.uuid() if hasattr(self.earlier, "uuid") else None
-            if before is None:
-                return None
+        before = tuple(entry.uuid() if hasattr(entry, "uuid") else None for entry in self.earlier)
+        if None in before:
+            return None
         return (_sources(self.passes), before, tuple(sorted(process_groups.known().items())))
+
+
+class JointRunner(PassRunner):
+    """The passes of `JOINT` as the custom pass over joint graphs.  Inductor runs it in inference too, where it leaves the graph to
+    `PassRunner`."""
+
+    def run(self, graph: Graph) -> None:
+        if is_joint(graph):
+            reports.append(Report(run_joint_passes(graph, self.passes), joint=True))
+
+
+def joint_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:
+    """Those of ``passes`` that run over joint graphs."""
+    return tuple(entry for entry in passes if entry in JOINT or getattr(entry, "joint", False))
+
+
+def run_joint_passes(graph: Graph, passes: tuple[Pass, ...]) -> dict[str, int]:
+    """Run those of ``passes`` that may see a joint graph over one; returns pass name → rewrites."""
+    done: dict[str, int] = {}
+    for entry in joint_passes(passes):
+        name = getattr(entry, "__name__", type(entry).__name__)
+        done[name] = done.get(name, 0) + entry(graph)
+    graph.lint()
+    return done
 
 
 def run_passes(graph: Graph, passes: tuple[Pass, ...]) -> dict[str, int]:
@@ -129,4 +162,17 @@ def _sources(passes: tuple[Pass, ...]) -> bytes:
     return digest.digest()
 
 
-__all__ = ["PASSES", "Pass", "PassRunner", "Report", "choose", "keep_order", "reports", "run_passes"]
+__all__ = [
+    "JOINT",
+    "PASSES",
+    "JointRunner",
+    "Pass",
+    "PassRunner",
+    "Report",
+    "choose",
+    "joint_passes",
+    "keep_order",
+    "reports",
+    "run_joint_passes",
+    "run_passes",
+]

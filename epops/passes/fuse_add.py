@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
+from ..torch_private import is_joint
 from .decline_log import declined
 from .graph_facts import (
     arguments,
@@ -21,6 +22,7 @@ from .graph_facts import (
     nothing_written_between,
     op_name,
     prims,
+    recomputed_alone,
     results,
     same_shape,
     source,
@@ -41,17 +43,18 @@ def fuse_add(graph: Graph) -> int:
     **Requires** of the addition: nobody else sees ``out`` or what it passes through on the way (reshapes, dtype
     casts, scalars); ``other`` has the very shape of the sum (no broadcasting) on the same device, does not need the
     combine, and can be computed before it without moving an exchange or crossing a write; scalars whose product is
-    exact in float32; a sum that is wider than the combine's rows is cast back at once.  Of the weights: one float
+    exact in float32; a sum that is wider than the combine's rows is cast back at once; a combine that is not computed again in
+    the backward without the sum.  Of the weights: one float
     weight a row, a product that nobody else reads, a combine without weights.
 
     **Guarantees**: one rounding, to the dtype that the combine has, where the unfused graph rounded after each step;
     the order of exchanges is untouched.
     """
-    count = 0
+    count, joint = 0, is_joint(graph)
     for combine in epops_calls(graph, ("combine", "combine_wait")):
         if op_name(combine) == "combine":
             count += _fold_weights(graph, combine)
-        count += _fold_addition(graph, combine)
+        count += _fold_addition(graph, combine, joint)
     return count
 
 
@@ -69,7 +72,7 @@ class Sum(NamedTuple):
     other_scale: float
 
 
-def _fold_addition(graph: Graph, combine: Node) -> int:
+def _fold_addition(graph: Graph, combine: Node, joint: bool) -> int:
     outs = results(combine, 0)
     if not outs:
         return 0
@@ -78,6 +81,8 @@ def _fold_addition(graph: Graph, combine: Node) -> int:
         return 0
     given = arguments(combine)
     reason = _why_not_addition(combine, outs[0], given, found)
+    if not reason and joint and recomputed_alone(combine, found.node):
+        reason = f"it is computed again in the backward, and {found.add.name} is not: its addend would have to be kept for that"
     if reason:
         declined(RULE, combine, reason)
         return 0
@@ -100,6 +105,8 @@ def _fold_addition(graph: Graph, combine: Node) -> int:
                 graph, prims.convert_element_type.default, (result, tensor(found.node).dtype), like=found.node
             )
         result = reshape_like(graph, result, found.node)
+    if "has_backward_hook" in found.node.meta:  # of a checkpointed region's result: it is kept for the hook
+        result.meta["has_backward_hook"] = found.node.meta["has_backward_hook"]
     found.node.replace_all_uses_with(result)
     erase_unused([found.node])
     return 1

@@ -233,6 +233,16 @@ def is_exchange(node: Any) -> bool:
     return schema is not None and schema.name.split("::")[0] in COLLECTIVES
 
 
+def recomputed(node: Node) -> bool:
+    """Whether activation checkpointing means to compute a node of a joint graph again in the backward."""
+    return str(getattr(node.meta.get("recompute"), "name", "")).endswith("RECOMPUTE")
+
+
+def recomputed_alone(node: Node, other: Node) -> bool:
+    """Whether ``node`` is to be computed again in the backward and ``other`` not with it."""
+    return recomputed(node) and (not recomputed(other) or node.meta.get("ac_graph_id") != other.meta.get("ac_graph_id"))
+
+
 def between(first: Node, last: Node) -> Iterator[Node]:
     """Nodes after ``first`` and before ``last``."""
     node = first.next

@@ -11,7 +11,11 @@ from torch.fx.node import map_arg
 
 from .graph_facts import COPIES, arguments, aten, is_exchange, is_reshape, same_shape, tensor, value, writes
 
-PASSED_ON = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "partitioner_tag", "custom")
+PASSED_ON = (
+    *("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom"),
+    # of joint graphs: forward or backward, and what activation checkpointing decided
+    *("partitioner_tag", "autograd_backward", "recompute", "ac_graph_id"),
+)
 """Notes on a node that say where in the model it comes from; they stay right for what replaces it."""
 
 

