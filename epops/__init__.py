@@ -36,15 +36,19 @@ _LAZY = {
     "join": "epops.models",
     "inspect": "epops.inspection",
     "quantize": "epops.quantizer",
+    "serving": "epops.serving",
 }
 """Names whose modules are imported on first use, so that ``import epops`` stays light."""
+
+_MODULES = ("backend", "serving")
+"""Of those, names that are modules themselves."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'epops' has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name])
-    value = module if name == "backend" else getattr(module, name)
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 
@@ -90,6 +94,7 @@ __all__ = [
     "quantize",
     "register_adapter",
     "save_exchanges",
+    "serving",
 ]
 
 registration.install()

@@ -48,6 +48,7 @@ def exchange(
     shape = x.shape
     x = x.reshape(-1, shape[-1])
     topk_idx = topk_idx.reshape(x.shape[0], -1)
+    max_tokens = x.shape[0] if site.serving.padded else None
     received = epops.dispatch(
         x,
         participating(site, topk_idx),
@@ -55,6 +56,7 @@ def exchange(
         group=site.group,
         num_experts=site.num_experts,
         num_slots=site.num_slots,
+        max_tokens=max_tokens,
         grad_scale=site.scale,
     )
     weights = received.row_weights
@@ -69,6 +71,7 @@ def exchange(
         group=site.group,
         num_experts=site.num_experts,
         num_slots=site.num_slots,
+        max_tokens=max_tokens,
         num_tokens=x.shape[0],
         top_k=topk_idx.shape[1],
         out_dtype=x.dtype,

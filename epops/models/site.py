@@ -24,6 +24,8 @@ class Serving:
     def __init__(self, group: Any) -> None:
         self.group = group
         self.active = torch.ones((), dtype=torch.bool, device=group.device)
+        self.padded = False
+        """Every rank pads its batch to one number of tokens (a decode bucket): M is T, not the group's maximum."""
 
     def switch(self, active: bool) -> None:
         self.active.fill_(active)
