@@ -10,7 +10,7 @@ from .batch import Batch
 
 
 class LatentCache(torch.nn.Module):
-    """Rows of ``kv_lora_rank + qk_rope_head_dim`` numbers, for ``num_slots`` requests of up to ``max_length`` tokens in every layer.
+    """Rows of ``kv_lora_rank + qk_rope_head_dim`` numbers for ``num_slots`` requests, up to ``max_length`` a request and layer.
 
     Buffers of fixed addresses that steps write in place, so that a captured graph can hold them.
     """

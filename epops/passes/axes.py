@@ -82,6 +82,17 @@ def permutation(node: Node, rank: int) -> list[int] | None:
     return order
 
 
+def permuted_by(nodes: list[Node], rank: int) -> list[int] | None:
+    """For each dimension behind a chain of permutes and copies the dimension in front of it; None for other chains."""
+    order = list(range(rank))
+    for node in nodes:
+        one = permutation(node, rank) if node.target in PERMUTES else None
+        if one is None and node.target not in COPIES:
+            return None
+        order = order if one is None else [order[place] for place in one]
+    return order
+
+
 def reshaped(dims: Dims, shape: list[Any]) -> Dims | None:
     """Deal the atoms out to the dimensions of ``shape``, splitting where a boundary falls inside one."""
     waiting = flat(dims)[::-1]

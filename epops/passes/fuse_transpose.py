@@ -39,7 +39,7 @@ def fuse_transpose(graph: Graph) -> int:
     and whatever else views, permutes and copies around `epops.all_to_all`, or around ``_c10d_functional.all_to_all_single``
     and its wait when the process group is that of an epops group.
 
-    **Requires**: even splits, or splits along a dimension that stays whole; axes that can be followed atom by atom from
+    **Requires**: even splits, or splits along dimensions that stay whole; axes that can be followed atom by atom from
     the tensor before the transposes to the one behind them; nobody else who sees what lies between; fewer copies than before.
 
     **Guarantees**: the same elements at the same places; the exchange stays where it was among the others.
@@ -72,6 +72,7 @@ class Exchange(NamedTuple):
     output_splits: Any
     plan: Any
     lane: int
+    scatter_size: Any = None
 
     @property
     def even(self) -> bool:
@@ -88,7 +89,8 @@ def _read(node: Node) -> Exchange | None:
             declined(RULE, node, "its counts are used, and they are of the dim that it gathers")
             return None
         names = ("group", "ep_size", "scatter_dim", "gather_dim", "input_splits", "output_splits", "plan", "lane")
-        return Exchange(node, rows[0], given["x"], *(given[name] for name in names))
+        found = (given[name] for name in names)
+        return Exchange(node, rows[0], given["x"], *found, scatter_size=given["scatter_size"])
     schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
     if schema is None or schema.name != "_c10d_functional::all_to_all_single":
         return None
@@ -156,7 +158,10 @@ def _fuse(graph: Graph, exchange: Exchange) -> int:
     after = _chain_after(exchange)
     if not before and not after:
         return 0
-    plan = _best_plan(exchange, source, before, after)
+    if exchange.even or exchange.scatter_dim == exchange.gather_dim:
+        plan = _best_plan(exchange, source, before, after)
+    else:
+        source, plan = _ragged_plan(exchange, source, before, after)
     if plan is None:
         return 0
     if not nothing_written_between(source, exchange.node) or not nothing_written_between(exchange.node, plan.target):
@@ -182,6 +187,34 @@ def _best_plan(exchange: Exchange, source: Node, before: list[Node], after: list
             break
         plans.append(plan)
     return next((plan for plan in plans if plan.order is None), plans[0] if plans else None)
+
+
+def _ragged_plan(exchange: Exchange, source: Node, before: list[Node], after: list[Node]) -> tuple[Node, Plan | None]:
+    """Ragged splits of one dim gathered along another: permutes and copies next to the exchange, of dims that stay whole.
+
+    Also the tensor in front of them.  A view further away does not matter.
+    """
+    while before and not all(map(_keeps_dims, before)):
+        source, before = before[0], before[1:]
+    target, kept = exchange.result, []
+    for node in after:
+        if not _keeps_dims(node):
+            break
+        target, kept = node, [*kept, node]
+    rank = tensor(source).dim()
+    first, last = axes.permuted_by(before, rank), axes.permuted_by(kept, rank)
+    saves = _copies(exchange.source, source) or _copies(target, exchange.result)
+    if first is None or last is None or not saves:
+        return source, None
+    order = [first[place] for place in last]
+    plan = Plan(
+        axes.of_shape(tensor(source).shape),
+        order if order != list(range(rank)) else None,
+        last.index(exchange.scatter_dim),
+        last.index(exchange.gather_dim),
+        target,
+    )
+    return source, plan
 
 
 class Unfollowed(Exception):
@@ -399,6 +432,8 @@ def _write(graph: Graph, exchange: Exchange, source: Node, plan: Plan, splits: t
             share = out if gather == scatter else _share(graph, size(graph, x, scatter), ranks, node)
         else:
             out = share = _ragged_out(graph, exchange)
+            if scatter != gather:
+                share = exchange.scatter_size
         kwargs = {"group": exchange.group, "ep_size": ranks, "out_size": out, "scatter_size": share}
         kwargs.update({"scatter_dim": scatter, "gather_dim": gather, "lane": exchange.lane})
         made = call(graph, torch.ops.epops.all_to_all.default, (x, *splits, exchange.plan), kwargs, like=node)
