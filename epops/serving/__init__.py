@@ -3,7 +3,7 @@
 A small engine to start from, not a server: it has no network interface.  ::
 
     with epops.ExpertGroup(max_tokens=2048) as group:
-        engine = epops.serving.Engine(epops.parallelize(model, group).eval(), group)
+        engine = epops.serving.Engine(epops.serving.load("a-folder-with-a-Mixtral", group), group)
         engine.warm_up()
         engine.submit(tokenizer("Once upon a time").input_ids, max_new_tokens=100)
         for event in engine.run():
@@ -13,7 +13,8 @@ A small engine to start from, not a server: it has no network interface.  ::
 from __future__ import annotations
 
 from .engine import BUCKETS, Engine
+from .load import load
 from .measure import Report
 from .request import Event, Request
 
-__all__ = ["BUCKETS", "Engine", "Event", "Report", "Request"]
+__all__ = ["BUCKETS", "Engine", "Event", "Report", "Request", "load"]
