@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from . import axes, process_groups
+from . import axes, process_groups, token_order
 from .axes import Atom, Dims
 from .decline_log import declined
 from .graph_facts import (
@@ -37,24 +37,25 @@ def fuse_transpose(graph: Graph) -> int:
             -> all_to_all(x, scatter_dim=1, gather_dim=0)
 
     and whatever else views, permutes and copies around `epops.all_to_all`, or around ``_c10d_functional.all_to_all_single``
-    and its wait when the process group is that of an epops group.
+    and its wait when the process group is that of an epops group; and around a dispatch and its combine (`token_order`)::
+
+        x.transpose(0, 1).reshape(-1, H) -> router -> dispatch … combine -> view(B, S, H).transpose(0, 1)
+            -> x.view(-1, H) -> router -> dispatch … combine -> view(S, B, H)
 
     **Requires**: even splits, or splits along dimensions that stay whole; axes that can be followed atom by atom from
     the tensor before the transposes to the one behind them; nobody else who sees what lies between; fewer copies than before.
+    Of a dispatch: everything between the transposition and the one back is known to treat tokens alike (`token_axes`), nothing
+    else sees the received rows, and there is room for the worst case: which rows a smaller ``capacity`` drops depends on their
+    order.
 
-    **Guarantees**: the same elements at the same places; the exchange stays where it was among the others.
+    **Guarantees**: the same elements at the same places; the exchange stays where it was among the others.  Tokens that are
+    dispatched in another order get the values that they had; sums over tokens may be rounded in another order.
     """
-    count = 0
+    count = token_order.untranspose(graph)
     for node in list(graph.nodes):
         exchange = _read(node)
         if exchange is not None:
             count += _fuse(graph, exchange)
-        elif op_name(node) == "dispatch" and _is_transposed_copy(arguments(node)["x"]):
-            declined(
-                RULE,
-                node,
-                "its rows are a transposed copy; in another order of tokens the experts' rows would change places",
-            )
     return count
 
 
@@ -89,8 +90,7 @@ def _read(node: Node) -> Exchange | None:
             declined(RULE, node, "its counts are used, and they are of the dim that it gathers")
             return None
         names = ("group", "ep_size", "scatter_dim", "gather_dim", "input_splits", "output_splits", "plan", "lane")
-        found = (given[name] for name in names)
-        return Exchange(node, rows[0], given["x"], *found, scatter_size=given["scatter_size"])
+        return Exchange(node, rows[0], given["x"], *(given[name] for name in (*names, "scatter_size")))
     schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
     if schema is None or schema.name != "_c10d_functional::all_to_all_single":
         return None
@@ -106,12 +106,6 @@ def _read(node: Node) -> Exchange | None:
     if even:
         sent = came = None
     return Exchange(node, waits[0], given["input"], name, len(given["input_split_sizes"]), 0, 0, sent, came, None, 0)
-
-
-def _is_transposed_copy(x: Any) -> bool:
-    while is_reshape(x) and isinstance(x.args[0], Node):
-        x = x.args[0]
-    return isinstance(x, Node) and x.target in PERMUTES and not tensor(x).is_contiguous()
 
 
 # ---- the chains on both sides ------------------------------------------------------------------------------------------
@@ -196,7 +190,7 @@ def _ragged_plan(exchange: Exchange, source: Node, before: list[Node], after: li
     """
     while before and not all(map(_keeps_dims, before)):
         source, before = before[0], before[1:]
-    target, kept = exchange.result, []
+    target, kept = exchange.result, list[Node]()
     for node in after:
         if not _keeps_dims(node):
             break
