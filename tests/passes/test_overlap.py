@@ -11,7 +11,8 @@ import torch
 from expecttest import TestCase
 
 import epops
-from epops.inspection.text import graph_lines
+from epops.inspection.text import graph_lines, names_of
+from epops.inspection.wire import overlaps
 from epops.passes.fuse_add import fuse_add
 from epops.passes.keep_order import keep_order
 from epops.passes.overlap import overlap
@@ -53,6 +54,18 @@ def two_layers(given):
 def ulysses(given):
     sent = epops.all_to_all(given["x"], group="ep", scatter_dim=1).rows
     return sent.relu(), given["x"] @ given["shared"]
+
+
+def exchanges_and_products(graph):
+    """The exchanges in order; behind a start the products that run before its wait, whatever their order."""
+    flights = {one.start: one.beside for one in overlaps(graph.after.graph)}
+    names, lines = names_of(graph.after), []
+    ops = {line.name: line.op for line in graph_lines(graph.after)}
+    for node, name in names.items():
+        if name in ops and ops[name].startswith("epops.") and "grouped_mm" not in ops[name]:
+            beside = sorted(ops[names[product]] for product in flights.get(node, ()))
+            lines.append(f"{ops[name]}{' beside ' if beside else ''}{', '.join(beside)}")
+    return "\n".join(lines)
 
 
 class Golden(TestCase):
@@ -106,37 +119,15 @@ return [%combine.out]""",
         graphs = captured(shared_expert_last, given, passes=ALL)
         found = [(graph.kind, graph.rewrites.get("overlap")) for graph in graphs]
         assert found == [("joint", None), ("forward", 1), ("backward", 2)]
+        # What lies between the exchanges of a backward, and in which order, is the partitioner's and differs between torch
+        # versions: the text has the exchanges, and how many products run beside each.
         self.assertExpectedInline(
-            normalized_graph(graphs[2]),
+            exchanges_and_products(graphs[2]),
             """\
-%input: f32[16, 16] = input
-%input.1: f32[16] = input
-%input.2: i32[3] = input
-%input.3: i32[59] = input
-%input.4: f32[16, 16] = input
-%input.5: f32[5, 16] = input
-%input.6: f32[16, 16] = input
-%input.7: f32[16, 5] = input
-%input.8: f32[3, 16, 16] = input
-%input.9: f32[5, 16] = input
-%permute: f32[16, 5] = permute(%input.9, [1, 0])
-%permute.1: f32[16, 16] = permute(%input.6, [1, 0])
-%le: b8[5, 16] = le(%input.5, 0)
-%full: f32[] = full([], 0, dtype=f32, layout=strided, device=cpu, pin_memory=False)
-%combine_backward_start: i64[4] = epops.combine_backward_start(%input.9, %input.4, %input.3, %input.1, group=ep, layout=expert)
-%mm: f32[16, 16] = mm(%permute, %input.5) after %combine_backward_start
-%mm.1: f32[5, 16] = mm(%input.9, %permute.1) after %combine_backward_start
-%where: f32[5, 16] = where(%le, %full, %mm.1)
-%mm.2: f32[16, 16] = mm(%input.7, %where)
-%mm.3: f32[5, 16] = mm(%where, %input.6)
-%add: f32[16, 16] = add(%mm, %mm.2)
-%combine_backward_wait: grad_y f32[16, 16], grad_row_weights f32[16] = epops.combine_backward_wait(%combine_backward_start, %input.9, %input.4, %input.3, %input.1, group=ep, layout=expert) after %mm, %mm.2, %mm.3
-%grouped_mm: f32[16, 16] = epops.grouped_mm(%combine_backward_wait.grad_y, %input.8, %input.2)
-%dispatch_backward_start: i64[4] = epops.dispatch_backward_start(%grouped_mm, %combine_backward_wait.grad_row_weights, %input.3, group=ep, layout=expert)
-%grouped_mm_backward_weight: f32[3, 16, 16] = epops.grouped_mm_backward_weight(%combine_backward_wait.grad_y, %input, %input.2) after %dispatch_backward_start
-%dispatch_backward_wait: grad_x f32[5, 16], grad_topk_weights f32[5, 2] = epops.dispatch_backward_wait(%dispatch_backward_start, %grouped_mm, %combine_backward_wait.grad_row_weights, %input.3, group=ep, layout=expert) after %grouped_mm_backward_weight
-%add.1: f32[5, 16] = add(%mm.3, %dispatch_backward_wait.grad_x)
-return [None, %add.1, %dispatch_backward_wait.grad_topk_weights, %grouped_mm_backward_weight, %add]""",
+epops.combine_backward_start beside mm, mm, mm, mm
+epops.combine_backward_wait
+epops.dispatch_backward_start beside epops.grouped_mm_backward_weight
+epops.dispatch_backward_wait""",
         )
 
     def test_all_to_all(self):
