@@ -71,6 +71,46 @@ def demo(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="Checkpoint folder, or a model family: random weights.")] = "qwen3_moe",
+    ranks: Annotated[Optional[int], typer.Option(help="Ranks; default one a GPU, or 2 on a CPU.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    prompt: Annotated[Optional[list[str]], typer.Option(help="A prompt; may be given several times.")] = None,  # noqa: UP045
+    requests: Annotated[int, typer.Option(help="Without --prompt: requests, of all ranks, with made-up prompts.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens an answer.")] = 32,
+    temperature: Annotated[float, typer.Option(help="0: the most likely token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that reach this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of random weights.")] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--eager", help="Compile the decode steps, a graph a bucket.")
+    ] = True,
+    buckets: Annotated[str, typer.Option(help="Batch sizes of decode steps: 1,2,4; default by the requests.")] = "",
+    prefill_tokens: Annotated[int, typer.Option(help="Tokens of prompts that one prefill reads.")] = 512,
+) -> None:
+    """Answer prompts with a model over several ranks: continuous batching, streamed text, throughput and latency.
+
+    Under torchrun it joins the ranks that torchrun started; each prints its own answers.
+    """
+    from .demo.launch import choose, join_torchrun, size_under_torchrun, start
+    from .serving.order import COMMAND, Order
+
+    started = size_under_torchrun()
+    try:
+        count, kind = choose(started, ranks, device, COMMAND)
+        from .serving.generate import parse_buckets, work
+
+        order = Order(
+            model, tuple(prompt or ()), requests, max_new_tokens, temperature, top_p, seed, compiled,
+            parse_buckets(buckets), prefill_tokens,
+        )  # fmt: skip
+        order.check()
+    except ValueError as error:
+        raise refuse(error) from None
+    good = start(work, order, count, kind) if started is None else join_torchrun(work, order, kind)
+    raise typer.Exit(0 if good else 1)
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Option(help="Model family; `make models` lists them.")] = "qwen3_moe",
     config: Annotated[str, typer.Option(help=f"tiny; small for {FIVE}.")] = "small",

@@ -1,4 +1,4 @@
-"""Starts the demo's ranks on this machine, or joins those that torchrun started on any number of hosts."""
+"""Starts the ranks of a command on this machine, or joins those that torchrun started on any number of hosts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,21 +42,21 @@ def size_under_torchrun() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in names) else None
 
 
-def choose(started: int | None, ranks: int | None, device: str) -> tuple[int, str]:
+def choose(started: int | None, ranks: int | None, device: str, command: str = "epops demo") -> tuple[int, str]:
     """Number of ranks and kind of device: GPUs, one a rank, where there are any, else two ranks on the CPU.
 
-    ``started``: ranks that torchrun has started already.
+    ``started``: ranks that torchrun has started already.  ``command``: what errors name.
 
     Raises:
         ValueError: a device that is not there, fewer GPUs than ranks, or ranks other than those that torchrun started.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"epops demo: --device: expected auto, cpu or cuda, got {device!r}")
+        raise ValueError(f"{command}: --device: expected auto, cpu or cuda, got {device!r}")
     if ranks is not None and ranks < 1:
-        raise ValueError(f"epops demo: --ranks: expected at least 1, got {ranks}")
+        raise ValueError(f"{command}: --ranks: expected at least 1, got {ranks}")
     if started is not None and ranks not in (None, started):
         raise ValueError(
-            f"epops demo: --ranks: expected {started}, the ranks that torchrun started, got {ranks}; leave it out"
+            f"{command}: --ranks: expected {started}, the ranks that torchrun started, got {ranks}; leave it out"
         )
     gpus = 0
     if device != "cpu":
@@ -63,16 +64,37 @@ def choose(started: int | None, ranks: int | None, device: str) -> tuple[int, st
 
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
-        raise ValueError("epops demo: --device cuda: this torch sees no GPU; use --device cpu")
+        raise ValueError(f"{command}: --device cuda: this torch sees no GPU; use --device cpu")
     kind = "cuda" if gpus else "cpu"
     if started is not None:
         return started, kind
     ranks = ranks or gpus or 2
     if gpus and ranks > gpus:
         raise ValueError(
-            f"epops demo: --ranks: expected at most {gpus}, the number of GPUs, got {ranks}; use fewer, or --device cpu"
+            f"{command}: --ranks: expected at most {gpus}, the number of GPUs, got {ranks}; use fewer, or --device cpu"
         )
     return ranks, kind
+
+
+@contextmanager
+def process_group(place: Place) -> Iterator[None]:
+    """The default process group over the ranks, on the device that this one has."""
+    import torch
+    import torch.distributed as dist
+
+    on_cuda = torch.device(place.device).type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(place.device)
+    backend = "nccl" if on_cuda else "gloo"
+    if place.store is None:
+        dist.init_process_group(backend)
+    else:
+        store = dist.FileStore(place.store, place.size)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def join_torchrun(work: Work, recipe: Any, device: str) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +13,7 @@ import epops
 
 from .compare import Differences, differences
 from .counts import CompileCounts, compile_counts
-from .launch import Place
+from .launch import Place, process_group
 from .recipe import Curve, Recipe, batch_of, build, train
 from .report import Outcome, show
 from .sample import Sample, sample
@@ -36,7 +34,7 @@ def work(place: Place, recipe: Recipe) -> bool:
     started = time.perf_counter()
     device = torch.device(place.device)
     torch.manual_seed(recipe.seed)
-    with _process_group(place, device), Screen(quiet=place.rank != 0) as screen:
+    with process_group(place), Screen(quiet=place.rank != 0) as screen:
         tokens = -(-recipe.batch // place.size) * recipe.length
         # While one rank compiles, the last one trains the one-process model: nobody's exchange may time out meanwhile.
         with epops.ExpertGroup(name="ep", max_tokens=tokens, timeout=1800.0) as group:
@@ -45,22 +43,6 @@ def work(place: Place, recipe: Recipe) -> bool:
             if place.rank == 0:
                 show(screen, outcome)
     return outcome.good
-
-
-@contextmanager
-def _process_group(place: Place, device: torch.device) -> Iterator[None]:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if place.store is None:
-        dist.init_process_group(backend)
-    else:
-        store = dist.FileStore(place.store, place.size)
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _run(place: Place, recipe: Recipe, device: torch.device, group: Any, screen: Screen, started: float) -> Outcome:

@@ -33,7 +33,7 @@ def test_env_says_what_a_bug_report_needs() -> None:
 def test_help_imports_no_model_library() -> None:
     done = run("epops.cli", "--help")
     assert done.returncode == 0
-    for command in ("demo", "inspect", "bench", "env"):
+    for command in ("demo", "generate", "inspect", "bench", "env"):
         assert command in done.stdout
     code = "import sys, epops.cli; assert not {'transformers', 'rich.progress'} & set(sys.modules), 'heavy imports'"
     path = ROOT / "epops" / "cli.py"

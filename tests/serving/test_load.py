@@ -82,6 +82,28 @@ def test_a_rank_reads_its_own_experts_and_nothing_twice(family: str, size: int, 
             assert all(read.get(name, 0) == share * bytes_of[name] for name in experts)
 
 
+def _same(rank: int, size: int, family: str, folder: str) -> None:
+    with epops.ExpertGroup(None, max_tokens=16) as group:
+        model = load(folder, group)
+        expected = epops.parallelize(zoo.tiny(family), group)
+        for kind in ("named_parameters", "named_buffers"):
+            ours, theirs = dict(getattr(model, kind)()), dict(getattr(expected, kind)())
+            assert ours.keys() == theirs.keys()
+            assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", zoo.families())
+def test_every_causal_family_loads_as_it_was_saved(family: str, tmp_path: Path) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model = zoo.tiny(family)
+    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        pytest.skip(f"{type(model).__name__} is no causal language model of transformers' auto classes")
+    model.save_pretrained(tmp_path)
+    run_ranks(_same, 2, family, str(tmp_path))
+
+
 def _serve(rank: int, size: int, folder: str) -> None:
     whole = zoo.tiny("qwen3_moe")
     asked = requests(whole, rank, 3)
