@@ -8,17 +8,11 @@ from typing import Any
 from . import registration
 from .errors import DisagreementError, EpopsError, GroupError, PeerError, RoutingError
 from .group import ExpertGroup, check_all, get_group
-from .ops.all_to_all import (
-    AllToAllResult,
-    Plan,
-    all_to_all,
-    all_to_all_start,
-    all_to_all_wait,
-    plan_all_to_all,
-)
+from .ops.all_to_all import AllToAllResult, all_to_all, all_to_all_start, all_to_all_wait
 from .ops.combine import CombineResult, combine, combine_start, combine_wait
 from .ops.dispatch import DispatchResult, dispatch, dispatch_start, dispatch_wait
 from .ops.dispatch_quant import dispatch_quant, dispatch_quant_start, dispatch_quant_wait
+from .ops.plan_all_to_all import Plan, plan_all_to_all
 from .ops.seam import all_reduce, gather_tokens, grouped_mm
 
 __version__ = "0.1.0"
@@ -36,11 +30,12 @@ _LAZY = {
     "join": "epops.models",
     "inspect": "epops.inspection",
     "quantize": "epops.quantizer",
+    "nn": "epops.nn",
     "serving": "epops.serving",
 }
 """Names whose modules are imported on first use, so that ``import epops`` stays light."""
 
-_MODULES = ("backend", "serving")
+_MODULES = ("backend", "nn", "serving")
 """Of those, names that are modules themselves."""
 
 
@@ -89,6 +84,7 @@ __all__ = [
     "grouped_mm",
     "inspect",
     "join",
+    "nn",
     "parallelize",
     "plan_all_to_all",
     "quantize",

@@ -34,6 +34,7 @@ SYNCS = {"item", "tolist", "cpu", "nonzero"}
 ON_THE_HOST = {
     "epops/ops/exchange.py": "row counts, on transports that say `host_counts` (gloo)",
     "epops/ops/all_to_all.py": "split sizes, likewise",
+    "epops/ops/plan_all_to_all.py": "split sizes, likewise",
     "epops/models/plain/search.py": "probes of a model that is being sharded, before any step",
     "epops/passes/graph_facts.py": "constants of the graph, while compiling",
     "epops/passes/quant_formula.py": "constants of the graph, while compiling",

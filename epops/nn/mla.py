@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..group import ExpertGroup
-from ..ops.all_to_all import all_to_all, plan_all_to_all
+from ..ops.all_to_all import all_to_all
+from ..ops.plan_all_to_all import plan_all_to_all
 from .batch import Batch
 from .by_heads import HeadsIn, HeadsOut, heads_of, to_parts
 from .latent_cache import LatentCache, StepCache

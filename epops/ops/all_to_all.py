@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import layout as words
-from ..group import ExpertGroup, get_group
+from ..group import ExpertGroup
 from ..meta import all_to_all as fakes
 from ..meta.checks import fail
-from ..reference.all_to_all import cut, even_splits, join, read_plan, reverse_plan, write_plan
+from ..reference.all_to_all import cut, even_splits, join, read_plan, reverse_plan
 from ..transport import Call, Swap
 from .arguments import common_arguments
 from .device_all_to_all import finish_on_device, prepare_on_device
-from .exchange import Blocks, Halves, check_group, checked, settle, start, status_bits, wait, whole
+from .exchange import Blocks, Halves, check_group, settle, start, status_bits, wait, whole
 from .registry import bind, call, differentiate
 
 
@@ -24,13 +24,6 @@ class AllToAllResult(NamedTuple):
 
     rows: torch.Tensor
     counts: torch.Tensor
-    status: torch.Tensor
-
-
-class Plan(NamedTuple):
-    """What `plan_all_to_all` returns: ``plan`` int64, see `epops.layout.PLAN_HEADER`; ``status`` int32 (8,)."""
-
-    plan: torch.Tensor
     status: torch.Tensor
 
 
@@ -49,7 +42,12 @@ def _arguments(
     lane: int = 0,
 ) -> dict[str, Any]:
     facts, _ = common_arguments(op, group, 1, None, None)
-    scatter_dim, gather_dim = scatter_dim % max(x.dim(), 1), gather_dim % max(x.dim(), 1)
+    if not x.dim():
+        fail(op, "x", "a tensor of at least one dimension", "none", "unsqueeze it")
+    for name, dim in (("scatter_dim", scatter_dim), ("gather_dim", gather_dim)):
+        if not -x.dim() <= dim < x.dim():
+            fail(op, name, f"{-x.dim()} … {x.dim() - 1}", dim, "name a dimension of x")
+    scatter_dim, gather_dim = scatter_dim % x.dim(), gather_dim % x.dim()
     ragged_in = input_splits is not None or plan is not None
     ragged_out = output_splits is not None or plan is not None
     same = scatter_dim == gather_dim
@@ -135,22 +133,6 @@ def all_to_all_wait(
     return AllToAllResult(*torch.ops.epops.all_to_all_wait.default(ticket, x, input_splits, output_splits, plan, **a))
 
 
-def plan_all_to_all(
-    input_splits: torch.Tensor, output_splits: torch.Tensor | None = None, *, group: Any, lane: int = 0
-) -> Plan:
-    """Compute offsets once, for the `all_to_all` calls of every layer; their splits are not passed again.
-
-    ``input_splits`` (R,) int64 lie along ``scatter_dim`` of those calls, ``output_splits`` along ``gather_dim``.  Where the two are
-    one dim, ``output_splits`` may be None: ranks then tell one another what they send.  Given splits are not exchanged; whether
-    ranks agree on them is found by the first `all_to_all`.
-    """
-    facts, _ = common_arguments("plan_all_to_all", group, 1, None, None)
-    found = torch.ops.epops.plan_all_to_all.default(
-        input_splits, output_splits, group=facts.name, ep_size=facts.size, lane=lane
-    )
-    return Plan(*found)
-
-
 # ---- the real kernels ----------------------------------------------------------------------------------------------
 
 
@@ -191,7 +173,7 @@ def _check_values(
         fail("all_to_all", "output_splits", expected, values, "pass what each rank has")
 
 
-def _prepare(
+def prepare(
     group: ExpertGroup, /, x: torch.Tensor, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any
 ) -> Any:
     if not group.transport.host_counts:
@@ -217,7 +199,7 @@ def _prepare(
     return Blocks(call, blocks, counts, status_bits(group, {}), None, [(size, mine) for size in ins]), (ins, outs)
 
 
-def _finish(group: ExpertGroup, /, swap: Swap, keep: Any, sequence: int, x: torch.Tensor, *_: Any, **a: Any) -> Any:
+def finish(group: ExpertGroup, /, swap: Swap, keep: Any, sequence: int, x: torch.Tensor, *_: Any, **a: Any) -> Any:
     if not group.transport.host_counts:
         return finish_on_device(group, swap, keep, sequence, x, a)
     ins, outs = keep
@@ -253,65 +235,26 @@ def _finish(group: ExpertGroup, /, swap: Swap, keep: Any, sequence: int, x: torc
     return out, torch.tensor(came, dtype=torch.int64), status
 
 
-ALL_TO_ALL = Halves("all_to_all", _check, _prepare, _finish)
+ALL_TO_ALL = Halves("all_to_all", _check, prepare, finish)
 
 
-def _full(a: dict[str, Any]) -> dict[str, Any]:
+def full_settings(a: dict[str, Any]) -> dict[str, Any]:
+    """The op's settings with the defaults of what was left out."""
     return {"scatter_dim": 0, "gather_dim": 0, "lane": 0, **a}
 
 
 def _all_to_all(x: Any, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any) -> Any:
-    return whole(ALL_TO_ALL, (x, ins, outs, plan), _full(a))
+    return whole(ALL_TO_ALL, (x, ins, outs, plan), full_settings(a))
 
 
 def _all_to_all_start(x: Any, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any) -> Any:
-    return start(ALL_TO_ALL, (x, ins, outs, plan), _full(a))
+    return start(ALL_TO_ALL, (x, ins, outs, plan), full_settings(a))
 
 
 def _all_to_all_wait(ticket: Any, x: Any, ins: Any = None, outs: Any = None, plan: Any = None, **a: Any) -> Any:
-    return wait(ALL_TO_ALL, ticket, (x, ins, outs, plan), _full(a), _full(a))
+    return wait(ALL_TO_ALL, ticket, (x, ins, outs, plan), full_settings(a), full_settings(a))
 
 
-def _check_plan(group: ExpertGroup, /, ins: torch.Tensor, outs: Any = None, **a: Any) -> None:
-    fakes.plan_all_to_all(ins, outs, **a)
-    check_group("plan_all_to_all", group, ins, a["ep_size"])
-    if group.transport.host_counts:
-        for name, splits in (("input_splits", ins), ("output_splits", outs)):
-            if splits is not None and min(splits.tolist()) < 0:
-                fail("plan_all_to_all", name, "splits from 0", splits.tolist(), "pass sizes")
-
-
-def _prepare_plan(group: ExpertGroup, /, ins: torch.Tensor, outs: Any = None, **a: Any) -> Any:
-    ones = torch.ones_like(ins)
-    out, keep = _prepare(group, ins, ones, ones, None, **_of_plan(group, a))
-    return out._replace(call=out.call._replace(op="plan_all_to_all")), keep
-
-
-def _finish_plan(
-    group: ExpertGroup, /, swap: Swap, keep: Any, sequence: int, ins: torch.Tensor, *_: Any, **a: Any
-) -> Any:
-    came, _, status = _finish(group, swap, keep, sequence, ins, **_of_plan(group, a))
-    return write_plan(ins, came), status
-
-
-def _of_plan(group: ExpertGroup, a: dict[str, Any]) -> dict[str, Any]:
-    return {**_full(a), "out_size": group.size, "scatter_size": group.size}
-
-
-PLAN = Halves("plan_all_to_all", _check_plan, _prepare_plan, _finish_plan)
-
-
-def _plan_all_to_all(ins: torch.Tensor, outs: torch.Tensor | None = None, **a: Any) -> Any:
-    if outs is None:
-        return whole(PLAN, (ins, None), a)
-    group = get_group(a["group"])
-    checked(group, PLAN, (ins, outs), a)
-    status = torch.zeros(words.STATUS_WORDS, dtype=torch.int32, device=ins.device)
-    status[5] = -1
-    return write_plan(ins, outs), status
-
-
-bind("plan_all_to_all", _plan_all_to_all, fakes.plan_all_to_all)
 bind("all_to_all", _all_to_all, fakes.all_to_all)
 bind("all_to_all_start", _all_to_all_start, fakes.all_to_all_start)
 bind("all_to_all_wait", _all_to_all_wait, fakes.all_to_all_wait)
@@ -321,7 +264,7 @@ bind("all_to_all_wait", _all_to_all_wait, fakes.all_to_all_wait)
 
 
 def _save(ctx: Any, x: Any, ins: Any, outs: Any, plan: Any, settings: dict[str, Any], counts: torch.Tensor) -> None:
-    ctx.settings = _full(settings)
+    ctx.settings = full_settings(settings)
     ctx.x_shape = x.shape
     same = ctx.settings["scatter_dim"] == ctx.settings["gather_dim"]
     ctx.ragged_back = plan is None and (outs is not None or (same and ins is not None))
