@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from . import axes, process_groups, token_order
+from . import axes, pieces, process_groups, token_order
 from .axes import Atom, Dims
 from .decline_log import declined
 from .graph_facts import (
@@ -36,8 +36,9 @@ def fuse_transpose(graph: Graph) -> int:
         x.view(S, R, h, D).transpose(0, 1).contiguous() -> all_to_all -> view(R * S, h, D)
             -> all_to_all(x, scatter_dim=1, gather_dim=0)
 
-    and whatever else views, permutes and copies around `epops.all_to_all`, or around ``_c10d_functional.all_to_all_single``
-    and its wait when the process group is that of an epops group; and around a dispatch and its combine (`token_order`)::
+    and whatever else views, permutes, copies, cuts up and puts together again (`pieces`) around `epops.all_to_all`, or around
+    ``_c10d_functional.all_to_all_single`` and its wait when the process group is that of an epops group; and around a dispatch and
+    its combine (`token_order`)::
 
         x.transpose(0, 1).reshape(-1, H) -> router -> dispatch … combine -> view(B, S, H).transpose(0, 1)
             -> x.view(-1, H) -> router -> dispatch … combine -> view(S, B, H)
@@ -51,6 +52,7 @@ def fuse_transpose(graph: Graph) -> int:
     **Guarantees**: the same elements at the same places; the exchange stays where it was among the others.  Tokens that are
     dispatched in another order get the values that they had; sums over tokens may be rounded in another order.
     """
+    pieces.join_pieces(graph)
     count = token_order.untranspose(graph)
     for node in list(graph.nodes):
         exchange = _read(node)

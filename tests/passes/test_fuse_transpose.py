@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import epops
 from epops.group import process_groups as open_process_groups
 from epops.inspection.capture import apply_passes, capture
+from epops.inspection.text import graph_lines
 from epops.passes import process_groups
 from epops.passes.fuse_transpose import fuse_transpose
 from epops.testing import count_ops, normalized_graph
@@ -182,6 +183,97 @@ return [%mul]""",
 %mul: i64[3, 7] = mul(%all_to_all.rows, 1)
 return [%mul]""",
         )
+
+
+def by_chunks(x):
+    """Cut up, sent, cut up and put together: lists of pieces instead of permutes."""
+    sent = exchanged(torch.cat([piece.contiguous() for piece in x.chunk(RANKS, 2)], 0))
+    return torch.cat(sent.chunk(RANKS, 0), 1)
+
+
+def by_narrow(x):
+    share = x.shape[2] // RANKS
+    sent = exchanged(torch.cat([x.narrow(2, rank * share, share) for rank in range(RANKS)], 0))
+    return torch.cat([sent[: x.shape[0]], sent[x.shape[0] :]], 1)
+
+
+def by_stacks(x):
+    sent = exchanged(torch.stack([piece.contiguous() for piece in x.tensor_split(RANKS, 2)]))
+    return torch.cat(sent.unbind(0), 1)
+
+
+def by_swapaxes(x):
+    batch, tokens, heads, width = x.shape
+    x = x.unflatten(2, (RANKS, heads // RANKS)).swapaxes(0, 2).swapaxes(1, 2).contiguous()
+    return exchanged(x).swapaxes(0, 1).clone().flatten(1, 2)
+
+
+def by_aten(x):
+    aten = torch.ops.aten
+    batch, tokens, heads, width = x.shape
+    x = aten.view.default(x, [batch, tokens, RANKS, heads // RANKS, width])
+    x = exchanged(aten.clone.default(aten.permute.default(x, [2, 0, 1, 3, 4])))
+    return aten.reshape.default(
+        aten.permute.default(x, [1, 0, 2, 3, 4]), [batch, RANKS * tokens, heads // RANKS, width]
+    )
+
+
+def by_einops(x):
+    einops = pytest.importorskip("einops")
+    sent = exchanged(einops.rearrange(x, "b t (r h) d -> r b t h d", r=RANKS).contiguous())
+    return einops.rearrange(sent, "r b t h d -> b (r t) h d")
+
+
+SPELLINGS = [by_chunks, by_narrow, by_stacks, by_swapaxes, by_aten, by_einops]
+
+
+@pytest.mark.parametrize("program", SPELLINGS, ids=lambda program: program.__name__)
+def test_other_spellings_of_tokens_to_heads(program):
+    graph = passed(program, 2, 3, 8, 5)
+    assert graph.rewrites == {"fuse_transpose": 1}, graph.declined
+    ops = [line.op for line in graph_lines(graph.after)]
+    assert ops in (
+        ["input", "epops.all_to_all", "mul", "return"],
+        ["input", "epops.all_to_all", "reshape", "mul", "return"],
+    )
+
+
+def other_order(x):
+    pieces = x.chunk(4, 2)
+    return torch.cat(exchanged(torch.cat([pieces[place] for place in (1, 0, 2, 3)], 0)).chunk(4, 0), 1)
+
+
+def one_piece_twice(x):
+    pieces = x.chunk(4, 2)
+    return exchanged(torch.cat([pieces[place] for place in (0, 1, 2, 2)], 0)) * 1
+
+
+def one_piece_left_out(x):
+    return exchanged(torch.cat(x.chunk(4, 2)[:2], 0)) * 1
+
+
+def unequal_pieces(x):
+    return exchanged(torch.cat(x.split([4, 4, 8 - 8], 2)[:2], 0)[:, :, :3].flatten(0, 1)) * 1
+
+
+def overlapping_slices(x):
+    return exchanged(torch.cat([x[:, :, :4], x[:, :, 3:7]], 0)) * 1
+
+
+def of_two_tensors(x):
+    return exchanged(torch.cat([x.chunk(2, 2)[0], (x + 1).chunk(2, 2)[1]], 0)) * 1
+
+
+@pytest.mark.parametrize(
+    "program",
+    [other_order, one_piece_twice, one_piece_left_out, unequal_pieces, overlapping_slices, of_two_tensors],
+    ids=lambda program: program.__name__,
+)
+def test_pieces_that_are_not_all_of_it_in_order(program):
+    """`passed` compares where every element goes."""
+    graph = passed(program, 2, 3, 8, 5)
+    before, after = (count_ops(one, "cat") for one in (graph.before, graph))
+    assert after >= min(before, 1)
 
 
 def flat(x):
