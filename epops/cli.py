@@ -146,6 +146,7 @@ def inspect(
 class Benchmark(str, Enum):
     eager = "eager"
     dispatch_combine = "dispatch-combine"
+    decode = "decode"
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -155,7 +156,8 @@ def bench(
 ) -> None:
     """Run a benchmark of the checkout; options that follow are its own.
 
-    eager: host time of a call.  dispatch-combine: exchanges over NVLink, on two GPUs or more.
+    eager: host time of a call.  dispatch-combine: exchanges over NVLink, on two GPUs or more.  decode: a model's decode step beside
+    one device and transformers' own expert parallelism; only when it is named.
     """
     import torch
 
@@ -165,6 +167,8 @@ def bench(
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == Benchmark.dispatch_combine and gpus < 2:
         raise refuse(f"epops bench dispatch-combine: expected at least 2 GPUs, got {gpus}")
+    if name == Benchmark.decode:
+        raise typer.Exit(subprocess.run([sys.executable, str(folder / "bench_decode.py"), *context.args]).returncode)
     if name in (None, Benchmark.eager):
         sys.argv = [str(folder / "bench_eager.py"), *context.args]
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 
+def mark_static(tensor: torch.Tensor) -> None:
+    """Tell compilers that ``tensor`` stays where it is, so that a CUDA graph may write it in place instead of copying it in."""
+    torch._dynamo.mark_static_address(tensor)
+
+
 def is_capturing() -> bool:
     """Whether the current CUDA stream is being captured into a graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..torch_private import mark_static
+
 
 class Place:
     """Where the tokens of the running batch go; the layers of a cache share one."""
@@ -42,7 +44,7 @@ class SlotLayer(CacheLayerMixin):
             for t in (key_states, value_states)
         )
         for tensor in (self.keys, self.values):
-            torch._dynamo.mark_static_address(tensor)
+            mark_static(tensor)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

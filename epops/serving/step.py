@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.site import serving
+from ..torch_private import mark_static
 from .attention import masks
 from .cache import SlotCache
 from .schedule import Chunk, Move
@@ -43,6 +44,8 @@ class Steps:
         """(2, S): position of each slot's newest token, and 1 where the slot takes part."""
         self.masks = {bucket: torch.zeros(bucket, dtype=torch.bool, device=self.device) for bucket in buckets}
         """(B,) token mask of each bucket."""
+        for buffer in (self.tokens, self.control):
+            mark_static(buffer)
         self.ready: dict[int, Callable[[], Tensor]] = {}
         """Bucket → its step, once it is compiled and captured."""
         self.graphs: list[Any] = []
