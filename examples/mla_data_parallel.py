@@ -62,7 +62,8 @@ def workload(ranks: int, steps: int) -> list[list[nn.Chunk]]:
             state[0], state[1] = state[0] + count, max(state[1] - count, 0)
         for rank in range(ranks):
             free = [slot for slot in range(slots) if (rank, slot) not in live]
-            if free and (rank < ranks - 1 or step > steps // 3) and make.random() < (0.4 if rank else 0.8):
+            first = steps // 3 if rank == ranks - 1 else 0
+            if free and step >= first and step % (rank + 2) == 0:
                 live[rank, free[0]] = [0, make.randint(1, LENGTH // 2)]
         plan.append(chunks)
     return plan
