@@ -89,7 +89,11 @@ def _on_meta(config: Any, dtype: torch.dtype | str | None) -> tuple[Any, list[An
     from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not (chosen is None or isinstance(chosen, torch.dtype)):
+        raise ValueError(
+            f"epops.serving.load: dtype: expected a torch.dtype, its name or None, got {dtype!r}; None takes the checkpoint's"
+        )
     chosen = chosen or getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
