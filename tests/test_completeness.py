@@ -97,7 +97,7 @@ def test_a_schema_has_no_pointers_and_no_mutation(op: str) -> None:
     schema = torch._C.parse_schema("epops::" + SCHEMAS[op])
     assert not schema.is_mutable, "ops are functional: inputs are read, outputs are fresh"
     assert all(argument.alias_info is None for argument in [*schema.arguments, *schema.returns])
-    allowed = {"Tensor", "Optional[Tensor]", "int", "SymInt", "float", "str", "bool"}
+    allowed = {"Tensor", "Optional[Tensor]", "List[Tensor]", "int", "SymInt", "float", "str", "bool"}
     assert {str(argument.type) for argument in schema.arguments} <= allowed
 
 

@@ -11,6 +11,7 @@ from ..meta import all_to_all as fakes
 from ..reference import all_to_all as reference
 from ..reference.dispatch import from_bytes, row_bytes
 from ..transport import Call
+from . import map_rows as map_rows  # registers the op, which passes use
 from .arguments import common_arguments
 from .exchange import Blocks, check_group, exchange, settle, status_bits
 from .registry import bind, differentiate

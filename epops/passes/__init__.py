@@ -26,14 +26,15 @@ from .fuse_transpose import fuse_transpose
 from .keep_order import keep_order
 from .ordering import pin
 from .overlap import overlap
+from .skip_padding import skip_padding
 
 Pass = Callable[[Graph], int]
 
-PASSES: tuple[Pass, ...] = (keep_order, fuse_transpose, fuse_quant, fuse_add, overlap)
+PASSES: tuple[Pass, ...] = (keep_order, fuse_transpose, fuse_quant, fuse_add, overlap, skip_padding)
 """All passes, in the order in which they run; `keep_order` is always on, and runs again at the end, over what the others made."""
 
 
-JOINT: tuple[Pass, ...] = (fuse_transpose, fuse_quant, fuse_add)
+JOINT: tuple[Pass, ...] = (fuse_transpose, fuse_quant, fuse_add, skip_padding)
 """Passes that also run over the joint graph of forward and backward, before it is divided in two: what to keep for the
 backward is then decided about the rewritten graph.  The others ask for orders, which only the divided graphs have.  A pass of
 yours joins them by an attribute: ``my_pass.joint = True``."""
@@ -138,7 +139,8 @@ def run_passes(graph: Graph, passes: tuple[Pass, ...]) -> dict[str, int]:
 def _package() -> bytes:
     digest = hashlib.sha256(torch.__version__.encode())
     package = Path(__file__).parent
-    for path in [*sorted(package.glob("*.py")), package.parent / "schema.py", package.parent / "torch_private.py"]:
+    beside = [package.parent / name for name in ("schema.py", "torch_private.py", "row_program.py")]
+    for path in [*sorted(package.glob("*.py")), *beside]:
         digest.update(path.read_bytes())
     return digest.digest()
 

@@ -19,6 +19,14 @@ QUANT = {
 }  # fmt: skip
 
 
+PROGRAM = """x0: f32[*, 16] = rows()
+x1: f32[3, 8] = whole()
+x2: i32[*] = rows()
+v0: f32[*, 8] = index(x1, x2)
+v1: f32[*, 8] = slice(x0, 1, 1, 2)
+v2: f32[*, 8] = add(v1, v0)
+v3: b8[*, 8] = lt(v2, 0)
+return v2, v3"""
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -101,6 +109,10 @@ def samples(layout: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "all_to_all_wait": ((ops.all_to_all_start(x, splits, None, None, **a2a), x, splits, None, None), a2a),
         "grouped_mm": ((inputs.rows(5, 16, 3).requires_grad_(), torch.randn(3, 16, 4, requires_grad=True), ends), {}),
         "grouped_mm_backward_weight": ((torch.randn(5, 4), inputs.rows(5, 16, 3), ends), {}),
+        "map_rows": (
+            ([inputs.rows(5, 16, 3), inputs.rows(3, 8, 4), torch.tensor([0, 2, 1, -1, -1], dtype=torch.int32)], ends),
+            {"program": PROGRAM},
+        ),
         "all_reduce": ((x,), {"group": "ep", "ep_size": 1}),
         "gather_tokens": ((x,), {"group": "ep", "ep_size": 1, "num_tokens": 5}),
     }
