@@ -12,9 +12,10 @@ A small engine to start from, not a server: it has no network interface.  ::
 
 from __future__ import annotations
 
-from .engine import BUCKETS, Engine
+from .engine import Engine
 from .load import load
 from .measure import Report
 from .request import Event, Request
+from .settings import BUCKETS
 
 __all__ = ["BUCKETS", "Engine", "Event", "Report", "Request", "load"]

@@ -7,10 +7,11 @@ import torch.distributed as dist
 
 from ..demo.launch import Place, process_group
 from ..group import ExpertGroup
-from .engine import BUCKETS, Engine
+from .engine import Engine
 from .measure import Report
 from .order import COMMAND, Order
 from .screen import Show
+from .settings import BUCKETS
 
 TIMEOUT = 1800.0
 """Seconds that ranks wait for one another: one may still be loading, or compiling, when the others are ready."""
