@@ -73,6 +73,9 @@ PLAN_HEADER = 4
 """int64 words before an all-to-all plan's sections: 0 version (1) · 1 R · 2 valid elements sent · 3 valid elements
 received.  Then input splits, input offsets, output splits, output offsets, (R,) each."""
 
+QUANT_BLOCKS = (0, 16, 32, 64, 128, 256, 512)
+"""Channels to a scale for which `dispatch_quant` has CUDA kernels; the reference takes any number."""
+
 SCALE_FORMATS = ("float32", "ue8m0", "float32_pow2")
 """``float32``; ``ue8m0``: powers of two as ``torch.float8_e8m0fnu``; ``float32_pow2``: the same powers of two in float32."""
 

@@ -37,7 +37,7 @@ ON_THE_HOST = {
     "epops/ops/plan_all_to_all.py": "split sizes, likewise",
     "epops/models/plain/search.py": "probes of a model that is being sharded, before any step",
     "epops/passes/graph_facts.py": "constants of the graph, while compiling",
-    "epops/passes/quant_formula.py": "constants of the graph, while compiling",
+    "epops/passes/quant_terms.py": "constants of the graph, while compiling",
 }
 
 

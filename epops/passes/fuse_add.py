@@ -43,7 +43,8 @@ def fuse_add(graph: Graph) -> int:
     **Requires** of the addition: nobody else sees ``out`` or what it passes through on the way (reshapes, dtype
     casts, scalars); ``other`` has the very shape of the sum (no broadcasting) on the same device, does not need the
     combine, and can be computed before it without moving an exchange or crossing a write; scalars whose product is
-    exact in float32; a sum that is wider than the combine's rows is cast back at once; a combine that is not computed again in
+    exact in float32; a sum that is wider than the combine's rows, or than what it was
+    rounded to on the way, is cast back at once; a combine that is not computed again in
     the backward without the sum.  Of the weights: one float
     weight a row, a product that nobody else reads, a combine without weights.
 
@@ -70,6 +71,7 @@ class Sum(NamedTuple):
     other: Node
     factors: list[float]
     other_scale: float
+    between: list[Node]  # casts and scalars on the way from the combine
 
 
 def _fold_addition(graph: Graph, combine: Node, joint: bool) -> int:
@@ -86,7 +88,7 @@ def _fold_addition(graph: Graph, combine: Node, joint: bool) -> int:
     if reason:
         declined(RULE, combine, reason)
         return 0
-    other, other_scale = _strip_scalar(found.other, found.other_scale)
+    other, other_scale = _strip_scalar(found.other, found.other_scale, tensor(outs[0]).dtype)
     other = _strip_widening(other)
     moved = closure_after(combine, other)
     assert moved is not None, "what the whole operand needs can be hoisted, so can its part"
@@ -116,6 +118,7 @@ def _find_sum(combine: Node, out: Node) -> Sum | None:
     """Follow the combine's rows through reshapes, casts and scalars to the addition that they end in."""
     current = out
     factors: list[float] = []
+    between: list[Node] = []
     while True:
         users = list(current.users)
         additions = [user for user in users if user.target in (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)]
@@ -128,17 +131,26 @@ def _find_sum(combine: Node, out: Node) -> Sum | None:
         user = users[0]
         if user.op != "call_function" or sum(item is current for item in user.args) != 1:
             return None
-        if additions:
-            return _read_sum(user, out, current, factors)
+        if additions and not _adds_zero(user, current):
+            return _read_sum(user, out, current, factors, between)
         factor = _scalar_factor(user, current)
-        if factor is not None:
+        if additions:
+            pass
+        elif factor is not None:
             factors.append(factor)
         elif not is_reshape(user) and not (is_cast(user) and tensor(user).dtype in FLOATS):
             return None
+        between.append(user)
         current = user
 
 
-def _read_sum(add: Node, out: Node, operand: Node, factors: list[float]) -> Sum | None:
+def _adds_zero(add: Node, operand: Node) -> bool:
+    """What ``sum([a, b])`` begins with."""
+    other = add.args[1] if add.args[0] is operand else add.args[0]
+    return add.target is aten.add.Tensor and constant(other) == 0 and tensor(add).dtype == tensor(operand).dtype
+
+
+def _read_sum(add: Node, out: Node, operand: Node, factors: list[float], between: list[Node]) -> Sum | None:
     left, right = add.args[:2]
     alpha = add.kwargs.get("alpha", add.args[2] if len(add.args) > 2 else 1)
     if not isinstance(alpha, (int, float)):
@@ -158,7 +170,7 @@ def _read_sum(add: Node, out: Node, operand: Node, factors: list[float]) -> Sum 
         return None
     if total.dtype != rows.dtype and keeps_values(rows.dtype, total.dtype) and len(users) == 1 and is_cast(users[0]):
         node = users[0]
-    return Sum(node, add, operand, other, [*factors, mine], theirs)
+    return Sum(node, add, operand, other, [*factors, mine], theirs, between)
 
 
 def _why_not_addition(combine: Node, out: Node, given: dict[str, Any], found: Sum) -> str | None:
@@ -175,6 +187,9 @@ def _why_not_addition(combine: Node, out: Node, given: dict[str, Any], found: Su
         return f"{found.add.name} adds {other.dtype} to {rows.dtype}"
     if result.dtype != rows.dtype and not keeps_values(result.dtype, rows.dtype):
         return f"{found.add.name} is {total.dtype}, wider than the {rows.dtype} that the combine returns"
+    narrow = next((node for node in found.between if not keeps_values(result.dtype, tensor(node).dtype)), None)
+    if narrow is not None:
+        return f"{narrow.name} rounds it to {tensor(narrow).dtype} before {found.add.name} makes {result.dtype} of it"
     if found.node is not found.add and result.dtype != rows.dtype:
         return f"{found.add.name} is cast to {result.dtype}, the combine returns {rows.dtype}"
     if other.device != rows.device:
@@ -214,9 +229,11 @@ def _scalar_factor(user: Node, current: Node) -> float | None:
     return None
 
 
-def _strip_scalar(node: Node, scale: float) -> tuple[Node, float]:
-    """Take a scalar off the addend where nobody else wants the scaled one."""
+def _strip_scalar(node: Node, scale: float, dtype: torch.dtype) -> tuple[Node, float]:
+    """Take a scalar off the addend where nobody else wants the scaled one, and where it is not rounded to less than ``dtype``."""
     if len(node.users) != 1 or not node.args or tensor(node.args[0]) is None:
+        return node, scale
+    if not keeps_values(dtype, tensor(node).dtype):
         return node, scale
     inner = next((item for item in node.all_input_nodes if constant(item) is None), node)
     factor = None if inner is node or sum(item is inner for item in node.args) != 1 else _scalar_factor(node, inner)

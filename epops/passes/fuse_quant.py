@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ..layout import QUANT_BLOCKS
 from .decline_log import declined
 from .graph_facts import (
     arguments,
@@ -24,12 +25,11 @@ from .graph_facts import (
     tensor,
     writes,
 )
-from .quant_formula import FP8, Quantizer, Term, Unknown, read_terms, recognize
+from .quant_formula import Quantizer, Unknown, recognize
+from .quant_terms import FP8, Term, read_terms
 from .rewriting import call, closure_after, erase_unused, hoist, reshape_like
 
 RULE = "fuse_quant"
-KERNEL_BLOCKS = (0, 16, 32, 64, 128, 256, 512)
-"""Block sizes that the CUDA kernels have; they round scales by their bits, not by log2, and send rows of whole 16 bytes."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -250,9 +250,10 @@ def _require_alone(known: set[Node], *nodes: Node) -> None:
 
 
 def _require_kernel(found: Quantizer, rows: torch.Tensor) -> None:
+    """The CUDA kernels have `QUANT_BLOCKS`; they round scales by their bits, not by log2, and send rows of whole 16 bytes."""
     if rows.device.type != "cuda":
         return
-    if found.block not in KERNEL_BLOCKS or rows.shape[-1] % 16 or found.scale_math.endswith("_log2"):
+    if found.block not in QUANT_BLOCKS or rows.shape[-1] % 16 or found.scale_math.endswith("_log2"):
         raise Unknown(
             f"the CUDA kernels have no {found.scale_math} with blocks of {found.block} in rows of {rows.shape[-1]}"
         )

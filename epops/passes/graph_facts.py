@@ -120,7 +120,7 @@ def is_reshape(node: Any) -> bool:
         return False
     if node.target in RESHAPES:
         return True
-    return is_whole_slice(node) or is_whole_expand(node) or is_empty_pad(node)
+    return is_whole_slice(node) or is_whole_expand(node) or is_empty_pad(node) or is_only_entry(node)
 
 
 def is_whole_slice(node: Node) -> bool:
@@ -138,6 +138,12 @@ def is_whole_expand(node: Node) -> bool:
     if node.target is not aten.expand.default or before is None or after is None:
         return False
     return same_shape(before.shape, after.shape)
+
+
+def is_only_entry(node: Node) -> bool:
+    """The one entry of a dimension of size 1."""
+    before = tensor(node.args[0] if node.args else None)
+    return node.target is aten.select.int and before is not None and known_equal(before.shape[node.args[1]], 1)
 
 
 def is_empty_pad(node: Node) -> bool:

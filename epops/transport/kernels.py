@@ -21,7 +21,7 @@ MAX_RANKS, MAX_TOP_K = _C.max_ranks, _C.max_top_k
 ARCHS = [name for name in _C.cuda_archs.split(";") if name]
 QUANT_MATHS = {"divide": 0, "multiply": 1, "reciprocal": 2, "reciprocal_exact": 3}
 SHARED_BYTES = 150 << 10  # what a block takes at most, where it has a choice
-QUANT_BLOCKS = (0, 16, 32, 64, 128, 256, 512)
+QUANT_BLOCKS = words.QUANT_BLOCKS
 
 
 class Plan(NamedTuple):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 import epops
+
+if importlib.util.find_spec("einops"):
+    from einops import rearrange, reduce
 
 FP8 = torch.float8_e4m3fn
 TOP = 448.0
@@ -70,6 +75,51 @@ def aten_spelling(x):
     return aten._to_copy.default(aten.clamp.default(aten.div.Tensor(wide, scale), -448, 448), dtype=FP8), scale
 
 
+def max_of_dim(x):
+    scale = torch.max(torch.abs(x.float()), dim=-1)[0].unsqueeze(-1).clamp(1e-12) / TOP
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def infinity_norm(x):
+    scale = torch.linalg.vector_norm(x.float(), float("inf"), -1, keepdim=True).clamp_min(1e-6).div(TOP)
+    return x.float().div(scale).clamp_max(TOP).clamp_min(-TOP).to(FP8), scale
+
+
+def both_ends(x):
+    low, high = x.float().aminmax(dim=-1, keepdim=True)
+    scale = torch.maximum(-low, high).clamp(min=1e-6) / TOP
+    return torch.nn.functional.hardtanh(x.float() / scale, -TOP, TOP).to(FP8), scale
+
+
+def magnitudes_of_both_ends(x):
+    wide = x.float()
+    scale = torch.maximum(wide.amin(-1, keepdim=True).abs(), wide.amax(-1, keepdim=True).abs()) / torch.tensor(TOP)
+    limits = torch.finfo(FP8)
+    return torch.clamp(wide / scale, min=limits.min, max=limits.max).to(FP8), scale
+
+
+def bounds_as_tensors(x):
+    scale = torch.maximum(x.float().abs().amax(-1, keepdim=True), torch.full((1,), 1e-4)) / TOP
+    return torch.minimum(torch.maximum(x.float() / scale, torch.tensor(-TOP)), torch.tensor(TOP)).to(FP8), scale
+
+
+def multiplied_by_the_reciprocal(x):
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-4).true_divide(TOP)
+    return (x.float() * scale.reciprocal()).to(FP8), scale
+
+
+def e5m2(x):
+    top = torch.finfo(torch.float8_e5m2).max
+    scale = x.float().abs().amax(-1, keepdim=True) / top
+    return (x.float() / scale).clamp(-top, top).to(torch.float8_e5m2), scale
+
+
+def of_einops(x):
+    wide = rearrange(x, "t (b c) -> t b c", c=128).float()
+    scale = reduce(wide.abs(), "t b c -> t b 1", "max").clamp(1e-4) / TOP
+    return rearrange((wide / scale).to(FP8), "t b c -> t (b c)"), scale[..., 0]
+
+
 def of_epops(x):
     return epops.quantize(x, scale_format="ue8m0")
 
@@ -104,10 +154,20 @@ KNOWN = {
         "clamp": True,
     },
     aten_spelling: {"block": 0, "scale_math": "divide", "clamp": True},
+    max_of_dim: {"block": 0, "scale_math": "divide", "eps_on": "amax", "clamp": True},
+    infinity_norm: {"block": 0, "scale_math": "divide", "eps_on": "amax", "clamp": True},
+    both_ends: {"block": 0, "scale_math": "divide", "eps_on": "amax", "clamp": True},
+    magnitudes_of_both_ends: {"block": 0, "scale_math": "divide", "eps": 0.0, "clamp": True},
+    bounds_as_tensors: {"block": 0, "scale_math": "divide", "eps_on": "amax", "clamp": True},
+    multiplied_by_the_reciprocal: {"block": 0, "scale_math": "multiply", "eps_on": "amax", "clamp": False},
+    e5m2: {"block": 0, "quant_dtype": torch.float8_e5m2, "clamp": True},
     of_epops: {"block": 128, "scale_math": "divide", "scale_format": "ue8m0", "clamp": True},
     of_epops_padded: {"block": 96, "scale_math": "reciprocal", "clamp": True},
 }
 """What `fuse_quant` has to read out of each."""
+
+if importlib.util.find_spec("einops"):
+    KNOWN[of_einops] = {"block": 128, "scale_math": "divide", "eps_on": "amax", "clamp": False}
 
 
 # ---- near misses: arithmetic that the op does not have ---------------------------------------------------------------
@@ -173,7 +233,83 @@ def other_scales_returned(x):
     return rows, scale * 2
 
 
+def both_ends_without_eps(x):
+    """A block of zeros has the scale -0 here, and 0 in the op."""
+    low, high = x.float().aminmax(dim=-1, keepdim=True)
+    scale = torch.maximum(-low, high) / TOP
+    return (x.float() / scale).to(FP8), scale
+
+
+def sum_of_both_ends(x):
+    scale = (x.float().amax(-1, keepdim=True) - x.float().amin(-1, keepdim=True)) / TOP
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def one_where_zero(x):
+    scale = x.float().abs().amax(-1, keepdim=True) / TOP
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return (x.float() / scale).to(FP8), scale
+
+
+def of_blocks_that_are_shifted(x):
+    scale = x.float().roll(1, -1).unflatten(-1, (-1, 128)).abs().amax(-1) / TOP
+    return (x.float() / scale.repeat_interleave(128, -1)).clamp(-TOP, TOP).to(FP8), scale
+
+
+def blocks_spread_by_the_wrong_width(x):
+    """Scales of 128 channels, given in turn to one channel each."""
+    scale = x.float().unflatten(-1, (-1, 128)).abs().amax(-1) / TOP
+    return (x.float() / scale.repeat(1, 128)).clamp(-TOP, TOP).to(FP8), scale
+
+
+def rounded_before_the_cast(x):
+    scale = x.float().abs().amax(-1, keepdim=True) / TOP
+    return (x.float() / scale).round().clamp(-TOP, TOP).to(FP8), scale
+
+
+def by_way_of_bfloat16(x):
+    scale = x.float().abs().amax(-1, keepdim=True) / TOP
+    return (x.float() / scale).bfloat16().clamp(-TOP, TOP).to(FP8), scale
+
+
+def of_other_rows(x):
+    scale = x.float().relu().amax(-1, keepdim=True).clamp(min=1e-6) / TOP
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def scales_in_bfloat16(x):
+    scale = (x.float().abs().amax(-1, keepdim=True) / TOP).bfloat16().float()
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def clamped_to_less(x):
+    scale = x.float().abs().amax(-1, keepdim=True) / TOP
+    return (x.float() / scale).clamp(-447.0, 447.0).to(FP8), scale
+
+
+def eps_added(x):
+    scale = (x.float().abs().amax(-1, keepdim=True) + 1e-6) / TOP
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def scales_of_the_neighbours(x):
+    scale = x.float().abs().amax(-1, keepdim=True) / TOP
+    return (x.float() / scale.roll(1, 0)).clamp(-TOP, TOP).to(FP8), scale.roll(1, 0)
+
+
 UNKNOWN = [
+    both_ends_without_eps,
+    sum_of_both_ends,
+    one_where_zero,
+    of_blocks_that_are_shifted,
+    blocks_spread_by_the_wrong_width,
+    rounded_before_the_cast,
+    by_way_of_bfloat16,
+    of_other_rows,
+    scales_in_bfloat16,
+    clamped_to_less,
+    eps_added,
+    scales_of_the_neighbours,
     in_bfloat16,
     by_the_product_with_an_inverse_constant,
     to_another_top,

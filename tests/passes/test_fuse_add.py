@@ -158,6 +158,15 @@ def other_spellings():
     def negated(given):
         return given["x"] + -blocks.routed(given).unflatten(1, (4, 4)).flatten(1)
 
+    def a_sum_of_a_list(given):
+        return sum([blocks.routed(given), given["x"]])
+
+    def in_the_order_of_a_chain(given):
+        return blocks.routed(given).add(given["x"]).add(given["x"] @ given["shared"])
+
+    def true_divide(given):
+        return torch.true_divide(blocks.routed(given), 4).add_(given["x"])
+
     def in_place(given):
         out = blocks.routed(given)
         out += given["x"]
@@ -179,6 +188,9 @@ def other_spellings():
         add_of_aten: 1,
         subtracted_from: 1,
         negated: 1,
+        a_sum_of_a_list: 1,
+        in_the_order_of_a_chain: 1,
+        true_divide: 1,
         in_place: 1,
         weights_of_einsum: 1,
         weights_expanded: 1,
@@ -240,7 +252,29 @@ def near_misses():
         y, sent = blocks.experts(given)
         return blocks.combine(y * sent.row_weights[:, None], sent, given)
 
+    def divided_by_three(given):
+        return blocks.routed(given) / 3 + given["x"]
+
+    def rounded_on_the_way(given):
+        return blocks.routed(given).bfloat16().float() + given["x"]
+
+    def of_another_width(given):
+        return blocks.routed(given) + given["x"][:, :1]
+
+    def transposed_before(given):
+        square = torch.nn.functional.pad(given["x"], (0, 0, 0, 11))
+        return torch.nn.functional.pad(blocks.routed(given), (0, 0, 0, 11)).t() + square
+
+    def compared(given):
+        out = blocks.routed(given)
+        return torch.where(out > 0, out, given["x"])
+
     return {
+        divided_by_three: None,
+        rounded_on_the_way: "rounds it to",
+        of_another_width: "broadcasts",
+        transposed_before: None,
+        compared: None,
         second_user: "2 users",
         added_to_itself: None,
         broadcast: "broadcasts",
