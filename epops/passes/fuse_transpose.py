@@ -49,6 +49,10 @@ def fuse_transpose(graph: Graph) -> int:
     else sees the received rows, and there is room for the worst case: which rows a smaller ``capacity`` drops depends on their
     order.
 
+    The ranks have to run the same program, as for every collective: a folded ``all_to_all_single`` goes over the communicator of
+    the epops group, so that ranks whose graphs differ would wait for one another, until the group's timeout names the rank that
+    did not come.
+
     **Guarantees**: the same elements at the same places; the exchange stays where it was among the others.  Tokens that are
     dispatched in another order get the values that they had; sums over tokens may be rounded in another order.
     """
@@ -396,11 +400,21 @@ def _split_tensors(graph: Graph, exchange: Exchange) -> tuple[Any, Any] | None:
 
 
 def _as_tensor(graph: Graph, splits: list[Any], exchange: Exchange) -> Node | None:
+    """The tensor that the splits were read from, or else one made of them, known or symbolic: another rank of the same program may
+    have the other kind, and has to come to the same exchange."""
     device = tensor(exchange.source).device
-    if all(isinstance(item, int) for item in splits):
-        fill = {"dtype": torch.int64, "device": device, "pin_memory": False}
-        parts = [call(graph, aten.full.default, ([1], item), fill, like=exchange.node) for item in splits]
-        return call(graph, aten.cat.default, (parts,), like=exchange.node)
+    found = _read_from(splits)
+    if found is not None and tensor(found).device == device:
+        return found
+    if not all(isinstance(value(item), (int, torch.SymInt)) for item in splits):
+        return None
+    fill = {"dtype": torch.int64, "device": device, "pin_memory": False}
+    parts = [call(graph, aten.full.default, ([1], item), fill, like=exchange.node) for item in splits]
+    return call(graph, aten.cat.default, (parts,), like=exchange.node)
+
+
+def _read_from(splits: list[Any]) -> Node | None:
+    """The (R,) int64 tensor whose entries the splits are, in order."""
     tensors = set()
     for place, item in enumerate(splits):
         if not isinstance(item, Node) or item.target is not aten._local_scalar_dense.default:
@@ -411,7 +425,7 @@ def _as_tensor(graph: Graph, splits: list[Any], exchange: Exchange) -> Node | No
         tensors.add(entry.args[0])
     found = tensors.pop() if len(tensors) == 1 else None
     right = found is not None and tensor(found).dtype == torch.int64 and same_shape(tensor(found).shape, (len(splits),))
-    return found if right and tensor(found).device == device else None
+    return found if right else None
 
 
 def _write(graph: Graph, exchange: Exchange, source: Node, plan: Plan, splits: tuple[Any, Any]) -> None:

@@ -29,6 +29,9 @@ def overlap(graph: Graph) -> int:
     **Requires**: work near the exchange (after the exchange before it, before the second one after it) that it does not
     need and that does not need it; no write in place, no other exchange and no random number among what moves.
 
+    A group of one rank is treated like any other, though there is nothing to wait for: the graph that one process shows in
+    `epops.inspect`, and tests, is the graph that many run.
+
     **Guarantees**: exchanges keep their order, and no other exchange runs between a start and its wait; what a start reads
     is an argument of its wait and so outlives it; orders are pinned, so that Inductor keeps them.
     """

@@ -276,6 +276,21 @@ def test_pieces_that_are_not_all_of_it_in_order(program):
     assert after >= min(before, 1)
 
 
+def test_symbolic_splits_are_fused_like_known_ones():
+    """Of ranks that run one program some may know their splits while compiling: all must come to the same exchange."""
+
+    def program(x, y):
+        x = x.view(3, -1)
+        splits = [y.shape[0], x.shape[1] - y.shape[0]]
+        return (exchanged(x.t().contiguous(), splits).t() * 1,)
+
+    module = make_fx(program, tracing_mode="symbolic")(numbered(21), numbered(2))
+    graph = apply_passes(module, [fuse_transpose], "inference")
+    assert graph.rewrites == {"fuse_transpose": 1}, graph.declined
+    assert count_ops(graph, "epops.all_to_all") == 1 and count_ops(graph, "_c10d_functional.all_to_all_single") == 0
+    assert "permute" not in normalized_graph(graph), normalized_graph(graph)
+
+
 def flat(x):
     return exchanged(x.flatten()).view(x.shape)
 
