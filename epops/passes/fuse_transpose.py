@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from . import axes, pieces, process_groups, token_order
+from . import axes, pieces, token_order
+from .all_to_all_calls import RULE, Exchange, Plan, read_exchange, split_tensors, write_exchange
 from .axes import Atom, Dims
 from .decline_log import declined
 from .graph_facts import (
     COPIES,
     PERMUTES,
-    arguments,
-    aten,
     is_reshape,
     known_equal,
     nothing_written_between,
-    op_name,
-    results,
-    same_shape,
     tensor,
-    value,
 )
-from .rewriting import call, erase_unused, size
-
-RULE = "fuse_transpose"
 
 
 def fuse_transpose(graph: Graph) -> int:
@@ -59,62 +50,10 @@ def fuse_transpose(graph: Graph) -> int:
     pieces.join_pieces(graph)
     count = token_order.untranspose(graph)
     for node in list(graph.nodes):
-        exchange = _read(node)
+        exchange = read_exchange(node)
         if exchange is not None:
             count += _fuse(graph, exchange)
     return count
-
-
-class Exchange(NamedTuple):
-    """An all-to-all as this pass sees it: ``node`` starts it, ``result`` is what arrives."""
-
-    node: Node
-    result: Node
-    source: Node
-    group: str
-    ep_size: int
-    scatter_dim: int
-    gather_dim: int
-    input_splits: Any
-    output_splits: Any
-    plan: Any
-    lane: int
-    scatter_size: Any = None
-
-    @property
-    def even(self) -> bool:
-        return self.input_splits is None and self.output_splits is None and self.plan is None
-
-
-def _read(node: Node) -> Exchange | None:
-    if op_name(node) == "all_to_all":
-        given = arguments(node)
-        rows = results(node, 0)
-        if len(rows) != 1 or tensor(given["x"]) is None:
-            return None
-        if any(item.users for item in results(node, 1)):
-            declined(RULE, node, "its counts are used, and they are of the dim that it gathers")
-            return None
-        names = ("group", "ep_size", "scatter_dim", "gather_dim", "input_splits", "output_splits", "plan", "lane")
-        return Exchange(node, rows[0], given["x"], *(given[name] for name in (*names, "scatter_size")))
-    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-    if schema is None or schema.name != "_c10d_functional::all_to_all_single":
-        return None
-    given = arguments(node)
-    waits = [user for user in node.users if str(user.target).startswith("_c10d_functional.wait_tensor")]
-    sent, came = given["input_split_sizes"], given["output_split_sizes"]
-    name = process_groups.epops_name(str(given["group_name"]), len(sent))
-    rows = tensor(given["input"])
-    if name is None or len(waits) != 1 or len(node.users) != 1 or rows is None or rows.element_size() > 8:
-        return None
-    total = rows.shape[0]
-    even = all(known_equal(value(item) * len(sent), total) for item in [*sent, *came])
-    if even:
-        sent = came = None
-    return Exchange(node, waits[0], given["input"], name, len(given["input_split_sizes"]), 0, 0, sent, came, None, 0)
-
-
-# ---- the chains on both sides ------------------------------------------------------------------------------------------
 
 
 def _chain_before(exchange: Exchange) -> tuple[Node, list[Node]]:
@@ -143,16 +82,6 @@ def _moves_axes(node: Any) -> bool:
 # ---- the rewrite -------------------------------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
-    """The exchange to make instead: of ``source`` permuted and split into ``dims``, along two of them."""
-
-    dims: Dims
-    order: list[int] | None
-    scatter_dim: int
-    gather_dim: int
-    target: Node
-
-
 def _fuse(graph: Graph, exchange: Exchange) -> int:
     source, before = _chain_before(exchange)
     after = _chain_after(exchange)
@@ -167,11 +96,11 @@ def _fuse(graph: Graph, exchange: Exchange) -> int:
     if not nothing_written_between(source, exchange.node) or not nothing_written_between(exchange.node, plan.target):
         declined(RULE, exchange.node, "memory is written in place between it and the transposes around it")
         return 0
-    splits = _split_tensors(graph, exchange)
+    splits = split_tensors(graph, exchange)
     if splits is None:
         declined(RULE, exchange.node, "its splits are neither numbers nor the entries of one tensor")
         return 0
-    _write(graph, exchange, source, plan, splits)
+    write_exchange(graph, exchange, source, plan, splits)
     return 1
 
 
@@ -381,126 +310,3 @@ def _permuted(dims: Dims, wanted: list[Atom], scattered: Atom) -> list[int] | No
         return None
     got = [atom for place in order for atom in whole[place] if atom is not scattered]
     return order if got == wanted else None
-
-
-def _split_tensors(graph: Graph, exchange: Exchange) -> tuple[Any, Any] | None:
-    """The splits as (R,) int64 tensors, or None where they are even."""
-    if exchange.even or exchange.plan is not None or isinstance(exchange.input_splits, Node):
-        return exchange.input_splits, exchange.output_splits
-    if op_name(exchange.node) == "all_to_all":
-        return exchange.input_splits, exchange.output_splits
-    made = []
-    for splits in (exchange.input_splits, exchange.output_splits):
-        with graph.inserting_before(exchange.node):
-            one = _as_tensor(graph, list(splits), exchange)
-        if one is None:
-            return None
-        made.append(one)
-    return made[0], made[1]
-
-
-def _as_tensor(graph: Graph, splits: list[Any], exchange: Exchange) -> Node | None:
-    """The tensor that the splits were read from, or else one made of them, known or symbolic: another rank of the same program may
-    have the other kind, and has to come to the same exchange."""
-    device = tensor(exchange.source).device
-    found = _read_from(splits)
-    if found is not None and tensor(found).device == device:
-        return found
-    if not all(isinstance(value(item), (int, torch.SymInt)) for item in splits):
-        return None
-    fill = {"dtype": torch.int64, "device": device, "pin_memory": False}
-    parts = [call(graph, aten.full.default, ([1], item), fill, like=exchange.node) for item in splits]
-    return call(graph, aten.cat.default, (parts,), like=exchange.node)
-
-
-def _read_from(splits: list[Any]) -> Node | None:
-    """The (R,) int64 tensor whose entries the splits are, in order."""
-    tensors = set()
-    for place, item in enumerate(splits):
-        if not isinstance(item, Node) or item.target is not aten._local_scalar_dense.default:
-            return None
-        entry = item.args[0]
-        if entry.target is not aten.select.int or entry.args[1:] != (0, place):
-            return None
-        tensors.add(entry.args[0])
-    found = tensors.pop() if len(tensors) == 1 else None
-    right = found is not None and tensor(found).dtype == torch.int64 and same_shape(tensor(found).shape, (len(splits),))
-    return found if right else None
-
-
-def _write(graph: Graph, exchange: Exchange, source: Node, plan: Plan, splits: tuple[Any, Any]) -> None:
-    node, target = exchange.node, plan.target
-    with graph.inserting_before(node):
-        x = source
-        if plan.order is not None:
-            x = call(graph, aten.permute.default, (x, plan.order), like=node)
-        if len(plan.dims) != tensor(x).dim():
-            x = call(graph, aten.reshape.default, (x, _sizes(graph, x, plan.dims)), like=node)
-        ranks, scatter, gather = exchange.ep_size, plan.scatter_dim, plan.gather_dim
-        if exchange.even:
-            out = _times(graph, size(graph, x, gather), 1 if gather == scatter else ranks, node)
-            share = out if gather == scatter else _share(graph, size(graph, x, scatter), ranks, node)
-        else:
-            out = share = _ragged_out(graph, exchange)
-            if scatter != gather:
-                share = exchange.scatter_size
-        kwargs = {"group": exchange.group, "ep_size": ranks, "out_size": out, "scatter_size": share}
-        kwargs.update({"scatter_dim": scatter, "gather_dim": gather, "lane": exchange.lane})
-        made = call(graph, torch.ops.epops.all_to_all.default, (x, *splits, exchange.plan), kwargs, like=node)
-        rows = call(graph, operator.getitem, (made, 0), like=node)
-    with graph.inserting_before(target.next):
-        shape = [length if isinstance(length, int) else -1 for length in tensor(target).shape]
-        same = same_shape(tensor(rows).shape, tensor(target).shape)
-        last = rows if same else call(graph, aten.reshape.default, (rows, shape), like=node)
-    target.replace_all_uses_with(last)
-    for status in results(node, 2) if op_name(node) == "all_to_all" else []:
-        status.replace_input_with(node, made)
-    _remove_chain(graph, target, exchange)
-
-
-def _remove_chain(graph: Graph, last: Node, exchange: Exchange) -> None:
-    """Erase from ``last`` back to the exchange and what only it used."""
-    node = last
-    while node is not exchange.node:
-        inner = node.args[0]
-        if node.users:
-            return
-        graph.erase_node(node)
-        node = inner
-    erase_unused(exchange.node.users)
-    inputs = exchange.node.all_input_nodes
-    graph.erase_node(exchange.node)
-    erase_unused(inputs)
-
-
-def _sizes(graph: Graph, x: Node, dims: Dims) -> list[Any]:
-    """Sizes of ``dims``, at most one of them left for the reshape to work out."""
-    found: list[Any] = []
-    for dim in dims:
-        product: Any = 1
-        for atom in dim:
-            product = product * atom.size
-        found.append(product if isinstance(product, int) else -1)
-    return found
-
-
-def _times(graph: Graph, length: Any, factor: int, like: Node) -> Any:
-    if factor == 1 or isinstance(length, int):
-        return length * factor if isinstance(length, int) else length
-    return call(graph, operator.mul, (length, factor), like=like)
-
-
-def _share(graph: Graph, length: Any, ranks: int, like: Node) -> Any:
-    return length // ranks if isinstance(length, int) else call(graph, operator.floordiv, (length, ranks), like=like)
-
-
-def _ragged_out(graph: Graph, exchange: Exchange) -> Any:
-    if op_name(exchange.node) == "all_to_all":
-        return arguments(exchange.node)["out_size"]
-    splits = list(exchange.output_splits)
-    if all(isinstance(item, int) for item in splits):
-        return sum(splits)
-    total = splits[0]
-    for item in splits[1:]:
-        total = call(graph, operator.add, (total, item), like=exchange.node)
-    return total
