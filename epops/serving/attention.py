@@ -10,6 +10,8 @@ from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWind
 
 SERVED = ("full_attention", "sliding_attention")
 IMPLEMENTATIONS = ("sdpa", "eager")
+NOT_CAUSAL = ("doge",)
+"""Model types whose earlier tokens see later ones in transformers 5.23, whatever the mask: a cache gives other answers."""
 
 
 def check_model(model: Any) -> int:
@@ -17,8 +19,10 @@ def check_model(model: Any) -> int:
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         raise _refuse(model, "a decoder-only model", "an encoder-decoder")
+    if config.model_type in NOT_CAUSAL:
+        raise _refuse(model, "causal attention", "whose tokens see later ones")
     kinds = set(getattr(config, "layer_types", None) or ())
-    layers = StaticCache(config=config, max_cache_len=1).layers
+    layers = StaticCache(config=config, max_cache_len=1).layers if kinds <= set(SERVED) else []
     kinds |= {type(layer).__name__ for layer in layers if type(layer) not in (StaticLayer, StaticSlidingWindowLayer)}
     others = sorted(kinds - set(SERVED))
     if others:

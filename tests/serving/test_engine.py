@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import epops
+from epops import zoo
 from epops.serving import Engine
 
 from ..ranks import run_ranks
@@ -242,11 +243,35 @@ def _check_refused(rank: int, size: int, family: str, said: str) -> None:
             Engine(model, group)
 
 
+def _check_any_family(rank: int, size: int, family: str) -> str:
+    whole = plain(family)
+    asked = requests(whole, rank, 5)
+    with epops.ExpertGroup(None, max_tokens=16) as group:
+        model = epops.parallelize(copy.deepcopy(whole), group)
+        try:
+            engine = Engine(model, group, buckets=(1, 2, 4), max_length=24, compiled=False)
+        except ValueError as error:
+            return str(error)
+        assert run(engine, asked) == [answer(whole, **one) for one in asked]
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", zoo.families())
+def test_a_family_is_served_right_or_refused(family: str) -> None:
+    if "CausalLM" not in zoo.build.model_class(family).__name__:
+        pytest.skip("no causal language model")
+    refusals = run_ranks(_check_any_family, 2, family)
+    assert all("use model.generate" in said for said in refusals if said), refusals
+
+
 @pytest.mark.parametrize(
     ("family", "said"),
     [
         ("switch_transformers", "decoder-only model, got Switch.*an encoder-decoder; use model.generate"),
         ("qwen3_next", "layers of full_attention and sliding_attention, got Qwen3Next.*linear_attention too"),
+        ("doge", "causal attention, got DogeForCausalLM, whose tokens see later ones"),
+        ("deepseek_v4", "compressed_sparse_attention"),
         ("jamba", "layers of full_attention and sliding_attention, got Jamba"),
     ],
 )
