@@ -146,6 +146,10 @@ def attention(
     if core.kind == "heads":
         found = _attend(queries.transpose(0, 1), key, value, step, scaling)
     else:
+        # Shapes are those of the rank with most heads, for transports that move equal parts; the plans name the true ones.
+        most, mine = core.heads[0], core.heads[core.rank]
+        if mine < most:
+            queries = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, most - mine))
         # (T, h, D) → (N, H, D): all heads of this rank's tokens …
         queries = all_to_all(
             queries.transpose(0, 1).contiguous(),
@@ -164,9 +168,9 @@ def attention(
             group=core.group,
             scatter_dim=1,
             gather_dim=0,
-            scatter_size=core.heads[core.rank],
+            scatter_size=most,
             out_size=step.batch.cache_row.shape[0],
-        ).rows
+        ).rows[:, :mine]
     out = torch.bmm(found.transpose(0, 1).contiguous(), from_latent.transpose(1, 2))  # (h, T, v)
     return out.transpose(0, 1).unsqueeze(0), None
 

@@ -15,8 +15,12 @@ from ..reference.all_to_all import read_plan, running
 from ..transport import Call, Swap
 from .exchange import Blocks, settle, status_bits
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Elements of each size as integers, so that whatever moves and clears them does it for fp8 and bool too."""
+
 
 def prepare_on_device(group: ExpertGroup, x: torch.Tensor, ins: Any, outs: Any, plan: Any, a: dict[str, Any]) -> Any:
+    x = x.view(BITS[x.element_size()])
     scatter_dim, gather_dim = a["scatter_dim"], a["gather_dim"]
     size = x.shape[scatter_dim]
     if plan is not None:
@@ -53,7 +57,8 @@ def finish_on_device(
     ins, outs, shape = keep
     scatter_dim, gather_dim = a["scatter_dim"], a["gather_dim"]
     same = scatter_dim == gather_dim
-    received = torch.stack([block.reshape(-1).view(x.dtype).view(shape) for block in swap.rows])
+    # Put together as bytes: a block may lie where no element of x's dtype may begin.
+    received = torch.stack(swap.rows).view(-1).view(BITS[x.element_size()]).view(group.size, *shape)
     split, gathered = (swap.counts, None) if same else (swap.counts >> 31, swap.counts & 0x7FFFFFFF)
     came = split if gathered is None else gathered
     bits = swap.bits
@@ -80,10 +85,10 @@ def finish_on_device(
         out = out.movedim(0, scatter_dim)
     else:
         rows = torch.arange(out.shape[1], device=x.device) < ins[group.rank]
-        out = out * rows.view(1, -1, *[1] * (out.dim() - 2)).to(out.dtype)
+        out = torch.where(rows.view(1, -1, *[1] * (out.dim() - 2)), out, 0)
         order = [dim for dim in range(x.dim()) if dim not in (scatter_dim, gather_dim)]
         places = [gather_dim, scatter_dim, *order]
         out = out.permute([places.index(dim) for dim in range(x.dim())])
     lost = (placed.sum() - out_size).clamp(min=0)
     status = settle(group, "all_to_all", sequence, bits, num_rows=came.sum(), num_dropped=lost, device=x.device)
-    return out.contiguous(), came.clone(), status
+    return out.contiguous().view(x.dtype), came.clone(), status

@@ -11,6 +11,7 @@ from epops.inspection.capture import all_passes, apply_passes
 from epops.testing import assert_fused, count_ops
 from epops.torch_private import graphs_backend
 from tests.nn import plain
+from tests.ops.test_all_to_all_padded import padded_group
 from tests.ranks import run_ranks
 
 BOUNDS = {"max_tokens": 9, "rank_tokens": 8, "num_slots": 4, "chunk_tokens": 4, "max_length": 10}
@@ -22,9 +23,11 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def like_the_plain_model(rank: int, size: int, heads: int, q_lora_rank: int | None, core: str) -> None:
+def like_the_plain_model(
+    rank: int, size: int, heads: int, q_lora_rank: int | None, core: str, padded: bool = False
+) -> None:
     whole = plain.model(heads, q_lora_rank=q_lora_rank)
-    with epops.ExpertGroup(name="mla", timeout=60) as group, torch.no_grad():
+    with padded_group("mla") if padded else epops.ExpertGroup(name="mla") as group, torch.no_grad():
         model = plain.copied(whole)
         assert nn.shard_mla(model, group, core=core) == 2
         requests = plain.Requests(whole)
@@ -54,6 +57,10 @@ def test_prefill_and_decode(size: int) -> None:
 @pytest.mark.parametrize("heads", (3, 5))
 def test_heads_that_ranks_do_not_divide(heads: int) -> None:
     run_ranks(like_the_plain_model, 3, heads, None, "requests")
+
+
+def test_over_a_transport_that_reads_nothing_on_the_host() -> None:
+    run_ranks(like_the_plain_model, 3, 5, None, "requests", True)
 
 
 def test_the_tensor_parallel_core() -> None:
