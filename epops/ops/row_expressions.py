@@ -146,7 +146,7 @@ class Writer:
         return self._load(line.name, f"r * {line.name}_0", columns, 1, ["in_rows"])
 
     def _whole(self, line: Line, columns: Columns) -> str:
-        return self._load(line.name, "tl.zeros([1, 1], tl.int32)", columns, 0, [])
+        return self._load(line.name, "tl.full([1, 1], 0, tl.int32)", columns, 0, [])
 
     def _index(self, line: Line, columns: Columns) -> str:
         table, index = (self.lines[ref] for ref in refs(line.args))

@@ -47,11 +47,8 @@ def log1p(x):
 
 @triton.jit
 def tanh(x):
-    t = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - t) / (1.0 + t)
-    s = x * x
-    near = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
-    return tl.where(tl.abs(x) < 0.2, near, tl.where(x < 0, -far, far))
+    t = expm1(-2.0 * tl.abs(x))
+    return tl.where(x < 0, t, -t) / (t + 2.0)
 
 
 @triton.jit
