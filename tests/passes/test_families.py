@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import epops
+from epops.inspection.wire import overlaps
 from epops.testing import assert_fused, captured, count_ops
 
 pytest.importorskip("transformers")
@@ -22,6 +23,20 @@ EXPECTED = {
     "gpt_oss": (2, 2, 0),
     "deepseek_v3": (2, 2, 2),
 }
+
+
+def test_every_layer_of_a_training_step_is_fused():
+    """Folded once, in the joint graph; the forward graph overlaps the dispatch with the shared expert, the backward its own."""
+    torch.manual_seed(0)
+    with epops.ExpertGroup(None, name="families", max_tokens=32) as group:
+        model = epops.parallelize(tiny("deepseek_v3"), group).train()
+        model.config.use_cache = False
+        joint, forward, backward = captured(model, **zoo.inputs("deepseek_v3", model, batch=1, seqlen=5, seed=0))
+    assert (joint.kind, joint.rewrites["fuse_add"], forward.rewrites["fuse_add"]) == ("joint", 2, 0)
+    assert count_ops([joint, forward, backward], "epops.combine") == 2
+    assert forward.rewrites["overlap"] >= 2 and backward.rewrites["overlap"] >= 2
+    for flight in overlaps(forward.after.graph):
+        assert flight.beside, "a dispatch runs beside the products of the shared expert"
 
 
 @pytest.mark.parametrize("family", EXPECTED)
