@@ -7,6 +7,7 @@ what it returns backwards: a slice or a reshape is arithmetic on the column's nu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -67,9 +68,9 @@ def launch(inputs: Sequence[torch.Tensor], expert_ends: torch.Tensor, program: s
     if capacity == 0 or all(result.numel() == 0 for result in results):
         return results
     strides = [stride for x in inputs for stride in x.stride()]
-    kernel(program)[(_blocks(expert_ends.device),)](
-        expert_ends, expert_ends.shape[0], capacity, *inputs, *results, *strides
-    )
+    device = expert_ends.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel(program)[(_blocks(device),)](expert_ends, expert_ends.shape[0], capacity, *inputs, *results, *strides)
     return results
 
 

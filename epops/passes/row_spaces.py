@@ -13,12 +13,14 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ..row_program import parse
-from .graph_facts import arguments, aten, epops_calls, op_name, results, tensor
-from .row_steps import SPLITS, Step, by_row, same_rows, step_of
+from .graph_facts import arguments, aten, epops_calls, is_cast, is_reshape, op_name, results, tensor
+from .row_steps import SPLITS, Step, by_row, filled, same_rows, step_of
 
 DISPATCHES = ("dispatch", "dispatch_wait", "dispatch_quant", "dispatch_quant_wait")
-ENDS, ROUTE = 6, 7
+ROW_EXPERT, ENDS, ROUTE = 3, 6, 7
 GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)
+
+TURNS = (aten.t.default, aten.permute.default, aten.transpose.int)
 
 ROW_ARGUMENTS = {
     "combine": ("y", "row_weights", "y_scales"),
@@ -61,6 +63,10 @@ def row_reads(node: Node) -> Iterator[tuple[Node, Node]]:
     elif name == "map_rows":
         inputs = parse(node.kwargs["program"]).inputs
         yield from _pairs(node.args[1], [item for item, line in zip(node.args[0], inputs) if line.by_row])
+    elif node.target is aten.index_put.default:
+        ends = _ends_of_sum(node)
+        if ends is not None:
+            yield from _pairs(ends, node.args[2:3])
     elif name in ROW_ARGUMENTS:
         given = arguments(node)
         route = given["route"]
@@ -90,9 +96,51 @@ def _grouped_mm(node: Node) -> Iterator[tuple[Node, Node]]:
         yield from _pairs(ends, [right])
 
 
+def _ends_of_sum(node: Node) -> Node | None:
+    """``expert_ends`` of the dispatch whose ``row_expert`` says where ``index_put`` adds rows up, as a gathered bias's gradient
+    does, with what padding adds thrown away; None when it is not proved.
+    """
+    total = tensor(node)
+    if (
+        len(node.args) < 4
+        or node.args[3] is not True
+        or len(node.args[1]) != 1
+        or total is None
+        or node.args[0] is node.args[2]
+    ):
+        return None
+    last = total.shape[0] - 1
+    # Row numbers of padding are -1 in row_expert, and here the last row, which everybody cuts off.
+    drops = [0] * (2 * total.dim() - 1) + [-1]
+    if not isinstance(last, int) or not all(
+        user.target is aten.constant_pad_nd.default and list(user.args[1]) == drops for user in node.users
+    ):
+        return None
+    index = node.args[1][0]
+    while is_cast(index) or is_reshape(index):
+        index = index.args[0]
+    if (
+        not isinstance(index, Node)
+        or index.target not in (aten.where.self, aten.where.ScalarSelf)
+        or len(index.args) != 3
+    ):
+        return None
+    negative, filler, expert = index.args
+    number = filled(filler) if isinstance(filler, Node) else filler
+    if number != last or not isinstance(negative, Node) or negative.target is not aten.lt.Scalar:
+        return None
+    if tuple(negative.args) != (expert, 0) or not isinstance(expert, Node) or expert.target is not operator.getitem:
+        return None
+    sent = expert.args[0]
+    if op_name(sent) not in DISPATCHES or expert.args[1] != ROW_EXPERT or arguments(sent)["layout"] != "expert":
+        return None
+    found = results(sent, ENDS)
+    return found[0] if found else None
+
+
 def turned(node: Node, user: Node) -> Iterator[tuple[Node, Node]]:
     """(ends, ``node``) where ``user`` is its transpose and only weights' gradients take that, as their first factor."""
-    if user.target not in (aten.t.default, aten.permute.default, aten.transpose.int) or tensor(user).dim() != 2:
+    if user.target not in TURNS or tensor(user).dim() != 2:
         return
     for product in user.users:
         given = arguments(product) if GROUPED_MM is not None and product.target is GROUPED_MM else {}
@@ -148,7 +196,7 @@ class Needs:
         if pairs:
             times = times_read(node, user)
             one = all(ends is pairs[0][0] for ends, _ in pairs)
-            enough = times == len(pairs) or (user.target is not GROUPED_MM and op_name(user) is None)
+            enough = times == len(pairs) or user.target in TURNS
             return Space(pairs[0][0], self.rows[pairs[0][0]]) if one and enough else None
         space = self.space.get(user)
         if space is None or user.target in SPLITS:

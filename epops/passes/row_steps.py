@@ -114,10 +114,11 @@ def by_row(item: Node, step: Step, node: Node, rows: Any) -> bool:
 
 def is_fill(node: Any) -> bool:
     """Whether a node is one number, known now, in every place."""
-    return isinstance(node, Node) and (node.target in FILLS or _filled(node) is not None)
+    return isinstance(node, Node) and (node.target in FILLS or filled(node) is not None)
 
 
-def _filled(node: Node) -> Any:
+def filled(node: Node) -> Any:
+    """The number that an op of `FILLED` fills its result with, known now; None for every other node."""
     place = FILLED.get(node.target)
     number = node.args[place] if place is not None and len(node.args) > place else None
     return number if is_number(number) or isinstance(number, bool) else None
@@ -129,7 +130,7 @@ def _step(node: Node, rows: Any, result: torch.Tensor) -> Step | str:
         sizes = result.shape[1:] if same_rows(node, rows) else result.shape
         if not all(isinstance(size, int) for size in sizes):
             return f"{node.name} has sizes that are known at run time only"
-        return Step("full", (FILLS[target] if target in FILLS else _filled(node),))
+        return Step("full", (FILLS[target] if target in FILLS else filled(node),))
     if target is operator.getitem:
         return _part(args[0], args[1], rows)
     if is_cast(node):

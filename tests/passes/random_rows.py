@@ -31,7 +31,7 @@ BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
 
 
 def gate(seed: int) -> Callable[..., Tensor]:
-    """A random function of up (C, 2·INNER), slot (C,), weights (C,), table (SLOTS + 1, 2·INNER), channel (2·INNER,) → (C, INNER)."""
+    """A random function of up (C, 2·INNER), slot (C,), weights (C,), table (SLOTS + 1, 2·INNER), channel (2·INNER,) → (C, INNER)"""
 
     def call(up: Tensor, slot: Tensor, weights: Tensor, table: Tensor, channel: Tensor) -> Tensor:
         choose = random.Random(seed)
