@@ -147,9 +147,8 @@ def attention(
         found = _attend(queries.transpose(0, 1), key, value, step, scaling)
     else:
         # Shapes are those of the rank with most heads, for transports that move equal parts; the plans name the true ones.
-        most, mine = core.heads[0], core.heads[core.rank]
-        if mine < most:
-            queries = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, most - mine))
+        most = core.heads[0]
+        queries = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, most - core.heads[core.rank]))
         # (T, h, D) → (N, H, D): all heads of this rank's tokens …
         queries = all_to_all(
             queries.transpose(0, 1).contiguous(),
@@ -170,8 +169,10 @@ def attention(
             gather_dim=0,
             scatter_size=most,
             out_size=step.batch.cache_row.shape[0],
-        ).rows[:, :mine]
-    out = torch.bmm(found.transpose(0, 1).contiguous(), from_latent.transpose(1, 2))  # (h, T, v)
+        ).rows
+    # Cut behind the transpose: next to the exchange all ranks have the same nodes, and so the same exchange.
+    found = found.transpose(0, 1).contiguous()[: core.heads[core.rank]]
+    out = torch.bmm(found, from_latent.transpose(1, 2))  # (h, T, v)
     return out.transpose(0, 1).unsqueeze(0), None
 
 

@@ -117,8 +117,8 @@ def test_gradients(size: int, compiled: bool) -> None:
     run_ranks(gradients, size, compiled)
 
 
-def one_graph(rank: int, size: int) -> None:
-    whole = plain.model()
+def one_graph(rank: int, size: int, heads: int) -> None:
+    whole = plain.model(heads)
     graphs = []
     with epops.ExpertGroup(name="mla", timeout=60) as group, torch.no_grad():
         model = plain.copied(whole)
@@ -168,9 +168,9 @@ def exchanged_copies(graph: torch.fx.GraphModule) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("size", (2, 3))
-def test_one_compiled_graph_serves_all_steps_with_one_fused_exchange_each_way(size: int) -> None:
-    run_ranks(one_graph, size)
+@pytest.mark.parametrize(("size", "heads"), [(2, 6), (3, 5)])
+def test_one_compiled_graph_serves_all_steps_with_one_fused_exchange_each_way(size: int, heads: int) -> None:
+    run_ranks(one_graph, size, heads)
 
 
 def test_the_cache_is_as_many_times_smaller_as_there_are_ranks() -> None:
