@@ -90,6 +90,7 @@ def graphs_backend(seen: Any, *, run: bool) -> Any:
 
         def uuid(self) -> Any:
             return None
+
     from torch._inductor.fx_passes import post_grad
 
     def inner(module: torch.fx.GraphModule, inputs: Any, **settings: Any) -> Any:
