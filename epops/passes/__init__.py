@@ -26,13 +26,16 @@ from .fuse_transpose import fuse_transpose
 from .keep_order import keep_order
 from .ordering import pin
 from .overlap import overlap
-from .skip_padding import skip_padding
+from .skip_padding import skip_padding, skip_padding_everywhere
 
 Pass = Callable[[Graph], int]
 
-PASSES: tuple[Pass, ...] = (keep_order, fuse_transpose, fuse_quant, fuse_add, overlap, skip_padding)
-"""All passes, in the order in which they run; `keep_order` is always on, and runs again at the end, over what the others made."""
+PASSES: tuple[Pass, ...] = (keep_order, fuse_transpose, fuse_quant, fuse_add, overlap)
+"""The passes that run, in their order; `keep_order` is always on, and runs again at the end, over what the others made."""
 
+ON_REQUEST: tuple[Pass, ...] = (skip_padding, skip_padding_everywhere)
+"""Passes that run where they are asked for, last: ``options={"passes": [*epops.passes.PASSES, "skip_padding"]}``.  The kernel that
+`skip_padding` writes has run in Triton's interpreter and on no GPU yet."""
 
 JOINT: tuple[Pass, ...] = (fuse_transpose, fuse_quant, fuse_add, skip_padding)
 """Passes that also run over the joint graph of forward and backward, before it is divided in two: what to keep for the
@@ -52,13 +55,13 @@ reports: deque[Report] = deque(maxlen=256)
 
 
 def choose(selected: Iterable[str | Pass] | None) -> tuple[Pass, ...]:
-    """The passes for ``options={"passes": …}``: names of `PASSES` or functions of the user's, in the order given.
+    """The passes for ``options={"passes": …}``: names of `PASSES` and `ON_REQUEST`, or functions of the user's, in the order given.
 
     None: all of `PASSES`.  `keep_order` is added when it is missing: without it ranks could exchange in different orders.
     """
     if selected is None:
         return PASSES
-    known = {entry.__name__: entry for entry in PASSES}
+    known = {entry.__name__: entry for entry in (*PASSES, *ON_REQUEST)}
     chosen: list[Pass] = []
     for entry in [selected] if isinstance(selected, str) or callable(selected) else list(selected):
         if isinstance(entry, str):
@@ -166,6 +169,7 @@ def _sources(passes: tuple[Pass, ...]) -> bytes:
 
 __all__ = [
     "JOINT",
+    "ON_REQUEST",
     "PASSES",
     "JointRunner",
     "Pass",
