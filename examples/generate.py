@@ -7,6 +7,7 @@ FOLDER is a transformers checkpoint of any MoE family; without one a tiny Mixtra
 
 import argparse
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,9 @@ def main() -> None:
             pad_token_id=0,
             **settings,
         )
-        print(f"rank {group.rank}: {prompt[0].tolist()} → {written[0, prompt.shape[1] :].tolist()}", flush=True)
+        # One write with its newline: lines of ranks that share a terminal do not mix.
+        sys.stdout.write(f"rank {group.rank}: {prompt[0].tolist()} → {written[0, prompt.shape[1] :].tolist()}\n")
+        sys.stdout.flush()
     dist.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import epops
 
-from ..group import ExpertGroup, open_groups
+from ..group import ExpertGroup, Settings, open_groups, parse_tag
 from . import interface
 from .experts import Rows, exchange
 from .site import Site, serving
@@ -67,6 +67,10 @@ class _Tagged:
 
     def __init__(self, tag: str) -> None:
         self.tag = tag
+
+    @property
+    def settings(self) -> Settings:
+        return parse_tag(self.tag)
 
 
 class _Slice(torch.autograd.Function):

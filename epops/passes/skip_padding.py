@@ -44,7 +44,7 @@ def skip_padding(graph: Graph) -> int:
 
 
 def skip_padding_everywhere(graph: Graph) -> int:
-    """`skip_padding`, whatever the device.  Rewrite, Requires and Guarantees are the same."""
+    """**Rewrite**: that of `skip_padding`.  **Requires**: the same, on whatever device.  **Guarantees**: the same."""
     return _skip(graph, None)
 
 
