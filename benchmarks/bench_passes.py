@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import cProfile
 import json
 import os
 import platform
+import pstats
 import time
 from pathlib import Path
 
@@ -73,6 +75,15 @@ def time_of(module: torch.fx.GraphModule, passes: tuple) -> tuple[float, dict[st
     return time.process_time() - start, done
 
 
+def calls_of(module: torch.fx.GraphModule, passes: tuple) -> int:
+    """Function calls of one run: unlike seconds, the same on a busy machine."""
+    fresh = torch.fx.GraphModule(module, copy_graph(module.graph))
+    run = run_joint_passes if is_joint(fresh.graph) else run_passes
+    profile = cProfile.Profile()
+    profile.runcall(run, fresh.graph, passes)
+    return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
@@ -83,7 +94,7 @@ def main() -> None:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     rows: list[dict[str, object]] = []
-    print(f"{'layers':>7} {'nodes':>7} {'all, s':>8} {'ms/layer':>9}  each pass alone, ms")
+    print(f"{'layers':>7} {'nodes':>7} {'all, s':>8} {'ms/layer':>9} {'calls/layer':>11}  each pass alone, ms")
     with epops.ExpertGroup(name="bench", num_experts=EXPERTS, max_tokens=TOKENS):
         for layers in given.layers:
             modules = graphs_of(layers)
@@ -97,13 +108,16 @@ def main() -> None:
                 if one is not keep_order
             }
             each = ", ".join(f"{name} {1000 * seconds:.0f}" for name, seconds in alone.items())
-            print(f"{layers:>7} {nodes:>7} {total:>8.3f} {1000 * total / layers:>9.2f}  {each}")
+            calls = sum(calls_of(module, all_passes()) for module in modules)
+            print(f"{layers:>7} {nodes:>7} {total:>8.3f} {1000 * total / layers:>9.2f} {calls / layers:>11.0f}  {each}")
             done: dict[str, int] = {}
             for module in modules:
                 for name, count in time_of(module, all_passes())[1].items():
                     done[name] = done.get(name, 0) + count
             print(f"{'':>16} rewrites: {', '.join(f'{name} {count}' for name, count in done.items())}")
-            rows.append({"layers": layers, "nodes": nodes, "seconds": total, "alone": alone, "rewrites": done})
+            rows.append(
+                {"layers": layers, "nodes": nodes, "seconds": total, "calls": calls, "alone": alone, "rewrites": done}
+            )
     if given.out:
         where = {"machine": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
         facts = {**where, "torch": torch.__version__, "epops": epops.__version__, "ceiling": "1 s for 16 layers"}

@@ -39,6 +39,7 @@ def main() -> None:
         epops.parallelize(model, group)  # … and keeps its own experts
         forward = model if options.eager else torch.compile(model, fullgraph=True, backend="epops")
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        epops.parallelize_optimizer(optimizer, model)  # its state dict is that of the whole model, as the model's is
 
         torch.manual_seed(1 + group.rank)  # every rank has its own data: here, counting from random numbers
         for step in range(options.steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .adapter import Adapter, NotUnderstoodError, Plan, register_adapter
 from .gradients import average_gradients, clip_grad_norm_, expert_parameters
 from .join import join
+from .optimizer_state import parallelize_optimizer
 from .parallelize import parallelize
 from .site import Shard
 
@@ -18,5 +19,6 @@ __all__ = [
     "expert_parameters",
     "join",
     "parallelize",
+    "parallelize_optimizer",
     "register_adapter",
 ]
