@@ -55,6 +55,23 @@ def private_backend(kind: str, process_group: Any, prefix: str, timeout: float) 
     return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
+_kept: set[int] = set()
+
+
+def never_destroy(communicator: Any) -> None:
+    """Keep ``communicator`` until the process has ended, past Python's own end.
+
+    Since NCCL 2.26 a communicator's destructor waits until every CUDA graph that holds its exchanges is gone
+    (docs.nvidia.com/dl-cuda-graph, Process Hang).  Nothing says in which order Python drops graphs and communicators, so one
+    that a graph holds is never dropped.
+    """
+    import ctypes
+
+    if id(communicator) not in _kept:
+        _kept.add(id(communicator))
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(communicator))
+
+
 def private_store(prefix: str) -> Any:
     """The default store under ``prefix``: what ranks tell each other before they have a communicator.
 
@@ -156,15 +173,25 @@ def eager_backward_compile() -> Any:
     return contextlib.nullcontext()
 
 
-def on_compile(begin: Any, end: Any) -> bool:
-    """Have ``begin`` and ``end`` called around every compile of this process.  False where torch does not say when it compiles."""
+def on_compile(begin: Any, end: Any) -> list[Any] | None:
+    """Have ``begin`` and ``end`` called around every compile of this process, until ``torch.compiler.reset``.
+
+    Returns the list of what is called when one begins, which a reset empties; None where torch does not say when it compiles.
+    """
     try:
         from torch._dynamo.callback import callback_handler
     except ImportError:
-        return False
+        return None
     callback_handler.register_start_callback(begin)
     callback_handler.register_end_callback(end)
-    return True
+    return callback_handler.start_callbacks
+
+
+def is_in_compile() -> bool:
+    """Whether Dynamo compiles something in this thread."""
+    from torch import _guards
+
+    return _guards.CompileContext.try_get() is not None
 
 
 def symmetric_empty(num_bytes: int, device: torch.device) -> torch.Tensor:

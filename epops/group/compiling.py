@@ -10,19 +10,22 @@ from ..torch_private import on_compile
 from .registry import open_groups
 
 _lock = threading.Lock()
-_watching = False
+_called: list[Any] = []
+"""What torch calls when a compile begins.  `_begin` is in it once we watch, until ``torch.compiler.reset`` empties it."""
 _done: threading.Event | None = None
 
 
 def watch(*, now: bool = False) -> None:
     """Have torch.compile say when it begins and ends, once it is in use.  ``now``: a compile is running already."""
-    global _watching
-    if _watching or "torch._dynamo" not in sys.modules:
+    global _called
+    if _begin in _called or "torch._dynamo" not in sys.modules:
         return
     with _lock:
-        begun = not _watching and on_compile(_begin, _end)
-        _watching = True
-    if now and begun:
+        if _begin in _called:
+            return
+        calls = on_compile(_begin, _end)
+        _called = [_begin] if calls is None else calls
+    if now and calls is not None:
         _begin()
 
 

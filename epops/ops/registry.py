@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ..group import compiling
 from ..schema import SCHEMAS
-from ..torch_private import below_autograd, transforms_active
+from ..torch_private import below_autograd, is_in_compile, transforms_active
 
 library = torch.library.Library("epops", "DEF")
 
@@ -20,7 +21,13 @@ def bind(name: str, real: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Give op ``name`` its real kernel, for CPU and CUDA tensors, and its fake kernel."""
     for key in ("CPU", "CUDA"):
         library.impl(name, real, key)
-    torch.library.register_fake(f"epops::{name}", fake, lib=library)
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        if is_in_compile():
+            compiling.watch(now=True)  # whoever the backend is, and after torch.compiler.reset too
+        return fake(*args, **kwargs)
+
+    torch.library.register_fake(f"epops::{name}", traced, lib=library)
 
 
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:

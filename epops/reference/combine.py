@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from .dispatch import take_rows
 from .quantize import dequantize_rows
 from .routing import sends
 
@@ -40,8 +41,8 @@ def reduce_rows(
         index = columns[:, k].to(torch.int64)
         present = (index >= 0) & (index < flat.shape[0])
         index = torch.where(present, index, 0)
-        values = flat[index]
-        values = values.float() if scales is None else dequantize_rows(values, scales[index])
+        values = take_rows(flat, index)
+        values = values.float() if scales is None else dequantize_rows(values, take_rows(scales, index))
         if weights is not None:
             values = values * weights[index].unsqueeze(1)
         total = total + values.masked_fill(~present.unsqueeze(1), 0.0)
@@ -55,7 +56,7 @@ def sum_over_ranks(answers: list[torch.Tensor], tokens: list[torch.Tensor], num_
     """
     total = torch.zeros(num_tokens + 1, answers[0].shape[1], dtype=torch.float32, device=answers[0].device)
     for rows, owner in zip(answers, tokens, strict=True):
-        total[owner] = total[owner] + rows.float()
+        total.index_copy_(0, owner, take_rows(total, owner) + rows.float())
     return total[:num_tokens]
 
 
@@ -115,16 +116,18 @@ def scatter_gradients(
     pairs, ks = torch.nonzero(columns >= 0, as_tuple=True) if y.device.type == "cpu" else _all_entries(columns)
     index = columns[pairs, ks].to(torch.int64)
     index = torch.where((index >= 0) & (index < num_rows), index, num_rows)
-    wide = grads[pairs].float() * out_scale
+    wide = take_rows(grads, pairs).float() * out_scale
     grad_dtype = grads.dtype if y.element_size() == 1 else y.dtype
     safe = index.clamp(max=max(num_rows - 1, 0))
     spread = wide if row_weights is None else wide * row_weights.reshape(-1)[safe].unsqueeze(1)
     grad_y = torch.zeros(num_rows + 1, hidden, dtype=grad_dtype, device=y.device)
-    grad_y[index] = (spread if grad_scale == 1.0 else spread * grad_scale).to(grad_dtype)
+    grad_y.index_copy_(0, index, (spread if grad_scale == 1.0 else spread * grad_scale).to(grad_dtype))
     if row_weights is None:
         return grad_y[:num_rows].reshape(y.shape), torch.empty(0, dtype=torch.float32, device=y.device)
     values = (
-        flat[safe].float() if y_scales is None else dequantize_rows(flat[safe], y_scales.reshape(num_rows, -1)[safe])
+        take_rows(flat, safe).float()
+        if y_scales is None
+        else dequantize_rows(take_rows(flat, safe), take_rows(y_scales.reshape(num_rows, -1), safe))
     )
     grad_w = torch.zeros(num_rows + 1, dtype=torch.float32, device=y.device)
     grad_w[index] = (values * wide).sum(dim=1)

@@ -42,6 +42,13 @@ def from_bytes(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return flat.view(dtype).reshape(part.shape[0], part.shape[1] // dtype.itemsize)
 
 
+def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``rows[index]``; on CPU whole rows are copied at once, where indexing goes from element to element."""
+    if rows.element_size() == 1 and rows.dtype != torch.uint8:  # float8 has no such kernel everywhere
+        return rows.view(torch.uint8).index_select(0, index).view(rows.dtype)
+    return rows.index_select(0, index)
+
+
 def record_width(hidden_bytes: int, scale_bytes: int, top_k: int) -> int:
     """Bytes of one record."""
     return hidden_bytes + scale_bytes + 4 + 8 * top_k
@@ -64,9 +71,9 @@ def pack(
     num_slots: int,
 ) -> torch.Tensor:
     """Records (N, bytes) uint8 for ``tokens`` (N,) bound for ``ranks`` (N,)."""
-    parts = [row_bytes(x)[tokens]]
+    parts = [take_rows(row_bytes(x), tokens)]
     if scales is not None:
-        parts.append(row_bytes(scales)[tokens])
+        parts.append(take_rows(row_bytes(scales), tokens))
     slots = send_slot[tokens]
     here = (slots >= 0) & (slots // num_slots == ranks.unsqueeze(1))
     parts.append(row_bytes(tokens.to(torch.int32).unsqueeze(1)))
@@ -125,7 +132,6 @@ def unpack(
         )
         ends = torch.cumsum(per_source, 0).clamp(max=capacity)
         dest_k = torch.where(slots >= 0, dest.unsqueeze(1), capacity)
-        origin = torch.arange(num, device=device)
         row_dest = dest
         limit = capacity
     else:
@@ -151,38 +157,37 @@ def unpack(
         rows_kept = (row_dest < limit).sum()
         if layout == "expert":
             true_counts = torch.minimum(true_counts, (limit - starts[:num_slots]).clamp(min=0))
-        origin = torch.arange(num, device=device).repeat_interleave(top_k)
 
     recv_row = torch.full((ep_size * max_tokens + 1, top_k), -1, dtype=torch.int64, device=device)
     pair_dest = pair if valid is None else torch.where(valid, pair, ep_size * max_tokens)
     recv_row[pair_dest] = torch.where(slots < 0, -1, torch.where(dest_k < limit, dest_k, DROPPED))
     recv_row = recv_row[:-1].view(ep_size, max_tokens, top_k)
 
-    def place_rows(values: torch.Tensor, empty: float | int) -> torch.Tensor:
-        """Rows ``values[origin]`` at ``row_dest``; one spare row takes what has no place."""
-        out = values.new_full((limit + 1, *values.shape[1:]), empty)
-        if device.type == "cpu":
-            kept = (row_dest < limit).nonzero().squeeze(1)
-            out[row_dest[kept]] = values[origin[kept]]
-        else:
-            out[row_dest] = values[origin]
-        return out[:limit]
+    # Which entry of the flattened (N, K) choices, or which record, a row comes from; `entries` for a row that is empty.
+    entries = row_dest.numel()
+    came_from = row_dest.new_full((limit + 1,), entries)
+    came_from[row_dest] = torch.arange(entries, device=device)
+    came_from = came_from[:limit]
+    record = came_from if layout == "rank" else torch.where(came_from == entries, num, came_from // max(top_k, 1))
+
+    def laid(values: torch.Tensor, rows: torch.Tensor, empty: float | int) -> torch.Tensor:
+        """``values[rows]``, with ``empty`` where a row has no origin."""
+        return take_rows(torch.cat([values, values.new_full((1, *values.shape[1:]), empty)]), rows)
 
     lead = (num_slots, ep_size * max_tokens) if layout == "batched" else (limit,)
-    rows = place_rows(data, 0).view(row_dtype).reshape(*lead, hidden)
+    rows = laid(data, record, 0).view(row_dtype).reshape(*lead, hidden)
     if scale_dtype is not None:
-        scales = place_rows(scale_part, 0).view(scale_dtype).reshape(*lead, num_scales)
+        scales = laid(scale_part, record, 0).view(scale_dtype).reshape(*lead, num_scales)
     else:
         scales = torch.empty(0, dtype=torch.float32, device=device)
     if layout != "rank":
-        origin = torch.arange(num * top_k, device=device)
-        row_weights = place_rows(weights.reshape(-1), 0.0).reshape(lead)
-        row_expert = place_rows(flat.to(torch.int32), -1).reshape(lead)
-        row_source = place_rows(pair.repeat_interleave(top_k).to(torch.int32), -1).reshape(lead)
+        row_weights = laid(weights.reshape(-1), came_from, 0.0).reshape(lead)
+        row_expert = laid(flat.to(torch.int32), came_from, -1).reshape(lead)
+        row_source = laid(pair.to(torch.int32), record, -1).reshape(lead)
     else:
-        row_weights = place_rows(weights.masked_fill(slots < 0, 0.0), 0.0)
-        row_expert = place_rows(slots.to(torch.int32), -1)
-        row_source = place_rows(pair.to(torch.int32), -1)
+        row_weights = laid(weights.masked_fill(slots < 0, 0.0), record, 0.0)
+        row_expert = laid(slots.to(torch.int32), record, -1)
+        row_source = laid(pair.to(torch.int32), record, -1)
     return Grouped(
         rows,
         scales,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ..errors import DisagreementError, GroupError, PeerError
 from ..layout import STATUS_BAD_ROUTE
+from ..torch_private import is_capturing, never_destroy
 from .base import OPCODES, Call, Swap, differences
 from .mailbox import Absent, Mailbox
 
@@ -147,6 +148,15 @@ class GlooTransport:
         self.communicator = None
 
 
+def swap_equal(communicator: Any, buffer: torch.Tensor) -> torch.Tensor:
+    """Row r of ``buffer`` (R, bytes) to rank r over nccl; row s of the result came from rank s."""
+    if is_capturing():
+        never_destroy(communicator)
+    received = torch.empty_like(buffer)
+    communicator.alltoall_base(received, buffer.contiguous(), [], []).wait()
+    return received
+
+
 class NcclTransport:
     """Equal splits of M rows a pair over a private nccl communicator: nothing is read on the host, so graphs hold it."""
 
@@ -166,11 +176,7 @@ class NcclTransport:
 
     def swap_padded(self, buffer: torch.Tensor) -> torch.Tensor:
         """Exchange ``buffer`` (R, bytes) uint8: row r goes to rank r, row s of the result came from rank s."""
-        if self.size == 1:
-            return buffer
-        received = torch.empty_like(buffer)
-        self.communicator.alltoall_base(received, buffer.contiguous(), [], []).wait()
-        return received
+        return buffer if self.size == 1 else swap_equal(self.communicator, buffer)
 
     def close(self) -> None:
         self.communicator = None

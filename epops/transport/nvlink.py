@@ -16,6 +16,7 @@ from .. import layout as words
 from ..errors import GroupError
 from ..torch_private import is_capturing, symmetric_addresses, symmetric_empty
 from . import kernels
+from .c10d import swap_equal
 from .domain import refusal
 
 PHASES = {1: "header", 2: "counts", 3: "rows", 4: "answers"}
@@ -309,11 +310,7 @@ class NvlinkTransport:
 
     def swap_padded(self, buffer: torch.Tensor) -> torch.Tensor:
         """Exchange ``buffer`` (R, bytes) uint8 over nccl: row r goes to rank r, row s of the result came from rank s."""
-        if self.size == 1:
-            return buffer.clone()
-        received = torch.empty_like(buffer)
-        self._nccl.alltoall_base(received, buffer.contiguous(), [], []).wait()
-        return received
+        return buffer.clone() if self.size == 1 else swap_equal(self._nccl, buffer)
 
     # ---- errors and the end ------------------------------------------------------------------------------------------------
 
