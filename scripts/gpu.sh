@@ -5,6 +5,7 @@
 #   ranks       one process a GPU: transport, graphs, timeouts
 #   nccl        the c10d transport on nccl, against gloo
 #   sanitize    compute-sanitizer memcheck and racecheck over a small set of the virtual ranks
+#   overlap     an MoE layer with and without the overlap pass
 #   bench       the benchmark; results go to $OUT or benchmarks/results
 # Each stage has its own time limit, so that a hang costs little; the last line says which stages passed.
 set -uo pipefail
@@ -34,6 +35,7 @@ for name in "$@"; do
           python3 -m pytest -q -x -p no:cacheprovider --timeout 190 tests/gpu/test_virtual_ranks.py -k "${SANITIZE:-hostile or many_ops}"
       done ;;
     nccl) stage nccl 150 python3 -m pytest -q --timeout 100 --timeout-method thread tests/gpu/test_nccl.py ;;
+    overlap) stage overlap 200 torchrun --nproc-per-node "$gpus" benchmarks/bench_overlap.py --out "$results" ;;
     bench) stage bench 300 torchrun --nproc-per-node "$gpus" benchmarks/bench_dispatch_combine.py --out "$results" ${BENCH:-} ;;
     *) echo "gpu.sh: no stage $name" >&2; exit 2 ;;
   esac

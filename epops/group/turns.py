@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import EpopsError, GroupError, PeerError
-from ..transport import GlooTransport
+from ..transport import GlooTransport, Pending
 from . import compiling
 from .faults import Faults
 
 
 class Started(NamedTuple):
-    """A started exchange that nobody has waited for yet."""
+    """A started exchange that nobody has waited for yet: on a host transport a thread runs it, on a device transport a stream."""
 
     op: str
     key: int
-    future: Future[Any]
+    running: Future[Any] | Pending
     keep: Any
 
 
@@ -45,17 +45,27 @@ class Turns(Faults):
         """Run ``exchange(sequence)`` in its turn; earlier errors are raised here instead, on every rank."""
         with self._lock:
             sequence = self._next(op)
-            if not self._started:
+            if not self._started or not self.transport.host_counts:
+                self.in_order()
                 return self._guarded(exchange, sequence)
             future = self._submit(exchange, sequence)
         return future.result()
 
+    def in_order(self) -> None:
+        """On a device transport: what is launched next runs behind the exchanges that were started before."""
+        for item in self._started.values() if self._started else ():
+            if isinstance(item.running, Pending):
+                item.running.behind()
+
     def start(self, op: str, key: int, exchange: Callable[[int], Any], keep: Any) -> int:
-        """Begin ``exchange(sequence)`` beside the caller; ``keep`` is handed back by `finish`.  Returns the sequence."""
+        """Begin ``exchange(sequence)`` beside the caller; ``keep`` is handed back by `finish`.  Returns the sequence.
+
+        On a device transport ``exchange`` itself only begins, and returns a `Pending`.
+        """
         with self._lock:
             sequence = self._next(op)
-            future = self._submit(exchange, sequence)
-            self._started[sequence] = Started(op, key, future, keep)
+            begin = self._submit if self.transport.host_counts else self._guarded
+            self._started[sequence] = Started(op, key, begin(exchange, sequence), keep)
             return sequence
 
     def finish(self, op: str, key: int, sequence: int) -> tuple[Any, Any]:
@@ -69,7 +79,11 @@ class Turns(Faults):
                     f"(epoch {sequence}); wait once for each start, with the arguments of the start"
                 )
         try:
-            return started.future.result(), started.keep
+            running = started.running
+            if isinstance(running, Pending):
+                take = running.take
+                return self._guarded(lambda _: take(), sequence), started.keep
+            return running.result(), started.keep
         finally:
             with self._lock:
                 self._started.pop(sequence, None)

@@ -173,7 +173,15 @@ def _finish(
     return out, settle(group, "combine", sequence, swap.bits, device=y.device)
 
 
-COMBINE = Halves("combine", _check, _prepare, _finish)
+def _add_late(result: tuple[torch.Tensor, torch.Tensor], addend: Any = None, **a: Any) -> Any:
+    """A started combine of a transport's own has rounded its sum to ``out_dtype`` before the addend comes."""
+    out, status = result
+    if addend is not None:
+        out = finish(out.float(), addend, out_dtype=a["out_dtype"], out_scale=1.0, addend_scale=a["addend_scale"])
+    return out, status
+
+
+COMBINE = Halves("combine", _check, _prepare, _finish, _add_late)
 
 
 def _full(a: dict[str, Any]) -> dict[str, Any]:

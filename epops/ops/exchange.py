@@ -15,7 +15,7 @@ import torch
 from .. import layout as words
 from ..errors import EpopsError
 from ..group import ExpertGroup, get_group
-from ..transport import Call, Swap
+from ..transport import Call, Pending, Swap
 from ..transport.base import HEADER_WORDS
 
 
@@ -62,20 +62,32 @@ def exchange(group: ExpertGroup, out: Blocks, sequence: int) -> Swap:
 
 
 def _exchange_on_device(group: ExpertGroup, out: Blocks) -> Swap:
-    transport = group.transport
-    ep_size = group.size
-    key = ("header", out.call)
-    fixed = group.cache.get(key)
-    if fixed is None:
-        fixed = group.cache[key] = out.call.header(0, 0, [0] * ep_size).to(group.device)
+    return _received(group, out, group.transport.swap_padded(_buffer(group, out)))
+
+
+def _buffer(group: ExpertGroup, out: Blocks) -> torch.Tensor:
+    """(R, bytes) uint8: for each rank a header and its block."""
+    fixed = _fixed_header(group, out)
     header = fixed.clone()
     header[:, 12] = out.counts
     header[:, 13] = out.bits
-    body = torch.stack(out.blocks).reshape(ep_size, -1)
-    buffer = torch.cat([header.view(torch.uint8).reshape(ep_size, -1), body], dim=1)
-    received = transport.swap_padded(buffer)
+    body = torch.stack(out.blocks).reshape(group.size, -1)
+    return torch.cat([header.view(torch.uint8).reshape(group.size, -1), body], dim=1)
+
+
+def _fixed_header(group: ExpertGroup, out: Blocks) -> torch.Tensor:
+    key = ("header", out.call)
+    fixed = group.cache.get(key)
+    if fixed is None:
+        fixed = group.cache[key] = out.call.header(0, 0, [0] * group.size).to(group.device)
+    return fixed
+
+
+def _received(group: ExpertGroup, out: Blocks, received: torch.Tensor) -> Swap:
+    ep_size, fixed = group.size, _fixed_header(group, out)
     head_bytes = HEADER_WORDS * 8
-    heads = received[:, :head_bytes].contiguous().view(torch.int64)
+    # Flat first: one rank's row is contiguous whatever its stride, and its stride need not be one of int64.
+    heads = received[:, :head_bytes].reshape(-1).view(torch.int64).view(ep_size, HEADER_WORDS)
     agree = (heads[:, :12] == fixed[:, :12]).all(dim=1)
     bits = torch.zeros((), dtype=torch.int64, device=group.device) + out.bits
     for rank in range(ep_size):
@@ -140,6 +152,8 @@ class Halves(NamedTuple):
     check: Callable[..., None]
     prepare: Callable[..., tuple[Blocks, Any]]
     finish: Callable[..., Any]
+    late: Callable[..., Any] | None = None
+    """What arguments that only the wait half has do to the results of a transport's own op."""
 
 
 def whole(
@@ -150,6 +164,7 @@ def whole(
     native = getattr(group.transport, halves.op, None)
     checked(group, halves, tensors, a, finish_only)
     if native is not None:
+        group.in_order()
         return native(group, *tensors, *finish_only, **a)
 
     def run(sequence: int) -> Any:
@@ -163,15 +178,22 @@ def start(halves: Halves, tensors: tuple[torch.Tensor | None, ...], a: dict[str,
     """The sending half: everything that peers wait for.  Returns the ticket."""
     group = get_group(a["group"])
     checked(group, halves, tensors, a, ())
-    native = getattr(group.transport, f"{halves.op}_start", None)
+    transport, key = group.transport, settings_key(halves.op, tensors, a)
+    native = getattr(transport, halves.op, None)
     if native is not None:
-        return native(group, *tensors, **a)
-    out, keep = halves.prepare(group, *tensors, **a)
-    key = settings_key(halves.op, tensors, a)
-    sequence = group.start(halves.op, key, lambda turn: (exchange(group, out, turn), turn), keep)
+        group.start(halves.op, key, lambda _: transport.beside(lambda: native(group, *tensors, **a)), None)
+    else:
+        out, keep = halves.prepare(group, *tensors, **a)
+        if transport.host_counts:
+            sequence = group.start(halves.op, key, lambda turn: (exchange(group, out, turn), turn), keep)
+            return torch.tensor([sequence, key, a.get("lane", 0), 0], dtype=torch.int64)
+
+        def begin(turn: int) -> Pending:
+            wire = transport.begin_padded(_buffer(group, out))
+            return Pending(lambda: (_received(group, out, wire.take()), turn), wire.behind)
+
+        group.start(halves.op, key, begin, keep)
     first = next(t for t in tensors if t is not None)
-    if group.transport.host_counts:
-        return torch.tensor([sequence, key, a.get("lane", 0), 0], dtype=torch.int64)
     return torch.zeros(words.TICKET_WORDS, dtype=torch.int64, device=first.device)
 
 
@@ -185,12 +207,12 @@ def wait(
 ) -> Any:
     """The local half of a started exchange.  ``start_args`` are the arguments that the start was given."""
     group = get_group(a["group"])
-    native = getattr(group.transport, f"{halves.op}_wait", None)
-    if native is not None:
-        return native(group, ticket, *tensors, *finish_only, **a)
     key = settings_key(halves.op, tensors, start_args)
     sequence = int(ticket[0]) if group.transport.host_counts else group.oldest_started(halves.op, key)
-    (swap, turn), keep = group.finish(halves.op, key, sequence)
+    result, keep = group.finish(halves.op, key, sequence)
+    if getattr(group.transport, halves.op, None) is not None:
+        return result if halves.late is None else halves.late(result, *finish_only, **a)
+    swap, turn = result
     return halves.finish(group, swap, keep, turn, *tensors, *finish_only, **a)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -98,12 +99,22 @@ class Swap(NamedTuple):
     sizes: list[tuple[int, int]] | None = None
 
 
+class Pending(NamedTuple):
+    """An exchange that a device transport has begun and that runs beside what its caller launches next."""
+
+    take: Callable[[], Any]
+    """Have the caller's stream wait for the exchange, and return what it brings; called once."""
+    behind: Callable[[], None] = lambda: None
+    """Have the caller's stream wait for the exchange, where the wire itself does not keep exchanges in order."""
+
+
 class Transport(Protocol):
     """Who moves the bytes.
 
     ``host_counts`` transports read row counts on the host and move exactly the rows there are; the others move M rows a
-    pair, so that a CUDA graph can hold them.  A transport may also implement whole ops: a method named like the op,
-    with the op's arguments after the group, replaces pack, swap and unpack.
+    pair, so that a CUDA graph can hold them (``swap_padded``, and ``begin_padded`` for started halves).  A transport may also
+    implement whole ops: a method named like the op, with the op's arguments after the group, replaces pack, swap and unpack;
+    ``beside`` then begins one for a start half.
     """
 
     name: str

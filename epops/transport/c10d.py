@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ..errors import DisagreementError, GroupError, PeerError
 from ..layout import STATUS_BAD_ROUTE
 from ..torch_private import is_capturing, never_destroy
-from .base import OPCODES, Call, Swap, differences
+from .base import OPCODES, Call, Pending, Swap, differences
 from .mailbox import Absent, Mailbox
 
 HEADER_TAG = 71
@@ -148,13 +148,24 @@ class GlooTransport:
         self.communicator = None
 
 
-def swap_equal(communicator: Any, buffer: torch.Tensor) -> torch.Tensor:
-    """Row r of ``buffer`` (R, bytes) to rank r over nccl; row s of the result came from rank s."""
+def begin_equal(communicator: Any, buffer: torch.Tensor) -> Pending:
+    """Begin to send row r of ``buffer`` (R, bytes) to rank r over nccl; row s of what is taken came from rank s.
+
+    nccl runs on a stream of its own and keeps the exchanges of a communicator in order, inside a CUDA graph too.
+    """
     if is_capturing():
         never_destroy(communicator)
+    buffer = buffer.contiguous()
     received = torch.empty_like(buffer)
-    communicator.alltoall_base(received, buffer.contiguous(), [], []).wait()
-    return received
+    work = communicator.alltoall_base(received, buffer, [], [])
+    kept = [buffer]
+
+    def take() -> torch.Tensor:
+        work.wait()
+        kept.clear()  # only now may what comes next on this stream have its memory
+        return received
+
+    return Pending(take)
 
 
 class NcclTransport:
@@ -176,7 +187,11 @@ class NcclTransport:
 
     def swap_padded(self, buffer: torch.Tensor) -> torch.Tensor:
         """Exchange ``buffer`` (R, bytes) uint8: row r goes to rank r, row s of the result came from rank s."""
-        return buffer if self.size == 1 else swap_equal(self.communicator, buffer)
+        return self.begin_padded(buffer).take()
+
+    def begin_padded(self, buffer: torch.Tensor) -> Pending:
+        """`swap_padded`, taken later."""
+        return Pending(lambda: buffer) if self.size == 1 else begin_equal(self.communicator, buffer)
 
     def close(self) -> None:
         self.communicator = None

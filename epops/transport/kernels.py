@@ -5,7 +5,11 @@ Nothing here knows of groups or processes: ranks are addresses.  Tests run many 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import threading
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,6 +65,11 @@ class Tuning:
     limit_blocks: int = 0
     pdl: int = 1
     extra: dict[str, Plan] = field(default_factory=dict)
+
+    def beside(self) -> Tuning:
+        """Settings for a kernel that other work runs beside: at most ``num_sms`` blocks, and a launch behind an event."""
+        blocks = min(self.limit_blocks or self.num_sms, self.num_sms)
+        return dataclasses.replace(self, limit_blocks=blocks, pdl=0)
 
     def plan(self, op: str, max_tokens: int, num_ranks: int, num_sms: int, hidden: int = 7168) -> Plan:
         if op in self.extra:
@@ -128,8 +137,42 @@ def call_hash(*facts: Any) -> int:
     return zlib.crc32(repr(facts).encode())
 
 
+class _Beside(threading.local):
+    """Where this thread launches kernels: on ``side``, or where it is None on the current stream."""
+
+    side: torch.cuda.Stream | None = None
+    held: list[torch.Tensor] | None = None
+
+
+_beside = _Beside()
+
+
+@contextlib.contextmanager
+def launched_beside(side: torch.cuda.Stream) -> Iterator[list[torch.Tensor]]:
+    """Kernels are launched on ``side``, behind what the current stream has been given so far.
+
+    Yields a list that gets every tensor whose address a kernel has: keep it until the current stream waits for ``side``.
+    """
+    held: list[torch.Tensor] = []
+    _beside.side, _beside.held = side, held
+    try:
+        yield held
+    finally:
+        _beside.side = _beside.held = None
+
+
+def is_beside() -> bool:
+    """Whether kernels are being launched on a second stream."""
+    return _beside.side is not None
+
+
 def stream_of(tensor: torch.Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+    """The stream for a kernel, all of whose tensors have been made."""
+    current = torch.cuda.current_stream(tensor.device)
+    if _beside.side is None:
+        return current.cuda_stream
+    _beside.side.wait_stream(current)
+    return _beside.side.cuda_stream
 
 
 def scale_bytes(num_scales: int, itemsize: int) -> int:
@@ -137,7 +180,11 @@ def scale_bytes(num_scales: int, itemsize: int) -> int:
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+    if tensor is None or tensor.numel() == 0:
+        return 0
+    if _beside.held is not None:
+        _beside.held.append(tensor)
+    return tensor.data_ptr()
 
 
 class Dispatched(NamedTuple):

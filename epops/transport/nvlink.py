@@ -1,13 +1,14 @@
 """Transport ``nvlink``: epops' own kernels store to peers' memory; torch's symmetric memory maps it.
 
-Chosen by "auto" where NVLink reaches every rank (`domain`).  What has no kernel here (all_to_all, started halves) goes over
-nccl, on the group's own process group.
+Chosen by "auto" where NVLink reaches every rank (`domain`).  A start half launches its op on a second stream, and the wait
+half has the caller's stream wait for it.  What has no kernel here (all_to_all) goes over nccl, on a communicator of the group's.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from .. import layout as words
 from ..errors import GroupError
 from ..torch_private import is_capturing, symmetric_addresses, symmetric_empty
 from . import kernels
-from .c10d import swap_equal
+from .base import Pending
+from .c10d import begin_equal
 from .domain import refusal
 
 PHASES = {1: "header", 2: "counts", 3: "rows", 4: "answers"}
@@ -76,8 +78,10 @@ class NvlinkTransport:
         self.tuning = kernels.Tuning()
         self.num_sms = torch.cuda.get_device_properties(group.device).multi_processor_count
         self._memories: dict[int, list[PeerMemory]] = {}
-        self._plans: dict[tuple[str, int, int], kernels.Plan] = {}
+        self._plans: dict[tuple[str, int, int, bool], kernels.Plan] = {}
         self._nccl = group._communicator("nccl", "rows")
+        # Made here and not at first use, which may be inside a capture.
+        self._side = torch.cuda.Stream(group.device)
 
     def __repr__(self) -> str:
         return f"nvlink, {self.workspace_bytes / 2**20:.1f} MiB of peer memory"
@@ -104,11 +108,32 @@ class NvlinkTransport:
         return made
 
     def plan(self, op: str, max_tokens: int, hidden: int) -> kernels.Plan:
-        key = (op, max_tokens, hidden)
+        beside = kernels.is_beside()
+        key = (op, max_tokens, hidden, beside)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self.tuning.plan(op, max_tokens, self.size, self.num_sms, hidden)
+            tuning = self.tuning.beside() if beside else self.tuning
+            plan = self._plans[key] = tuning.plan(op, max_tokens, self.size, self.num_sms, hidden)
         return plan
+
+    def beside(self, run: Callable[[], Any]) -> Pending:
+        """Begin ``run``, one of the ops below, on a stream of its own and on few multiprocessors.
+
+        All memory is of the caller's stream: results, and copies of arguments, which are kept until the op's end.
+        """
+        with kernels.launched_beside(self._side) as held:
+            result = run()
+        event = self._side.record_event()
+
+        def behind() -> None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+        def take() -> Any:
+            behind()
+            held.clear()
+            return result
+
+        return Pending(take, behind)
 
     def tune(self, **settings: Any) -> None:
         """Change settings of `kernels.Tuning`, alike on every rank and before any capture."""
@@ -259,7 +284,7 @@ class NvlinkTransport:
             layout=a["layout"],
             out_dtype=out_dtype,
             out_scale=a["out_scale"],
-            addend_scale=a["addend_scale"],
+            addend_scale=a.get("addend_scale", 1.0),  # a start half has no addend
             lane=a["lane"],
             op=op,
         )
@@ -310,7 +335,11 @@ class NvlinkTransport:
 
     def swap_padded(self, buffer: torch.Tensor) -> torch.Tensor:
         """Exchange ``buffer`` (R, bytes) uint8 over nccl: row r goes to rank r, row s of the result came from rank s."""
-        return buffer.clone() if self.size == 1 else swap_equal(self._nccl, buffer)
+        return self.begin_padded(buffer).take()
+
+    def begin_padded(self, buffer: torch.Tensor) -> Pending:
+        """`swap_padded`, taken later."""
+        return Pending(buffer.clone) if self.size == 1 else begin_equal(self._nccl, buffer)
 
     # ---- errors and the end ------------------------------------------------------------------------------------------------
 

@@ -227,6 +227,57 @@ def graph_scenario(rank, world, replays):
         group.check()
 
 
+def halves_scenario(rank, world, transport):
+    """Started halves with work beside them give what whole ops give: eager, and in a graph that is replayed with new routing."""
+    import epops
+
+    from .ranks import Shape
+
+    shape = Shape(world, 40, 4, 8 * world, 8, 256, alignment=4)
+    made = {"max_tokens": 40, "num_experts": 8 * world, "alignment": 4, "device": "cuda", "transport": transport}
+    with epops.ExpertGroup(None, "halves", **made) as group:
+        step, square = Step(group, shape, rank), torch.randn(512, 512, device="cuda")
+        settings = {"group": group, "max_tokens": 40, "num_tokens": 40, "top_k": 4}
+
+        def halves():
+            arguments = step.x, step.idx, step.w
+            ticket = epops.dispatch_start(*arguments, group=group, max_tokens=40)
+            beside = [square @ square for _ in range(8)]  # takes memory that was free when the start was given its own
+            sent = epops.dispatch_wait(ticket, *arguments, group=group, max_tokens=40)
+            y = sent.rows * 2
+            ticket = epops.combine_start(y, sent.route, sent.row_weights, **settings)
+            beside += [square @ square for _ in range(8)]
+            # A whole op between the halves comes behind them.
+            again = epops.combine(y, sent.route, sent.row_weights, **settings).out
+            late = epops.combine_wait(ticket, y, sent.route, sent.row_weights, step.x, **settings).out
+            return again, late, beside[-1]
+
+        def check(results, seed):
+            again, late, beside = results
+            want = step.expected(seed)
+            if transport == "nvlink":
+                same(again, want, f"seed {seed}")
+            torch.testing.assert_close(again.cpu(), want, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(late, (again.float() + step.x.float()).bfloat16(), rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(beside, square @ square, rtol=1e-3, atol=1e-3)
+
+        for seed in range(3):
+            step.load(seed)
+            check(halves(), seed)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = halves()
+        for seed in range(3, 60):
+            step.load(seed)
+            graph.replay()
+            if seed % 8 == 0:
+                check(results, seed)
+        torch.cuda.synchronize()
+        group.check()
+    graph.reset()
+
+
 def stall_scenario(rank, world, graphed):
     """The last rank sleeps past the timeout: the others lose it and go on, it finds itself excluded."""
     import epops
@@ -317,6 +368,11 @@ def test_gradients_are_those_of_one_process():
 
 def test_graphs_replay_with_new_routing():
     run_ranks(graph_scenario, 3000)
+
+
+@pytest.mark.parametrize("transport", ["nvlink", "c10d"])
+def test_started_halves_are_the_whole(transport):
+    run_ranks(halves_scenario, transport)
 
 
 @pytest.mark.parametrize("graphed", [False, True])

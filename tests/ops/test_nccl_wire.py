@@ -31,7 +31,7 @@ def test_a_communicator_of_a_captured_exchange_is_never_destroyed(monkeypatch: A
     alive = weakref.ref(communicator)
     buffer = torch.arange(12, dtype=torch.uint8).view(6, 2).t()
     for _ in range(2):
-        assert torch.equal(c10d.swap_equal(communicator, buffer), buffer)
+        assert torch.equal(c10d.begin_equal(communicator, buffer).take(), buffer)
     del communicator
     gc.collect()
     assert (alive() is not None) == captured
