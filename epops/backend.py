@@ -35,7 +35,7 @@ def epops_backend(
 
     settings: dict[str, Any] = dict(list_mode_options(mode) if mode else {})
     settings.update(options or {})
-    compiling.watch(now=True)
+    compiling.watch()
     chosen = passes.choose(settings.pop("passes", None))
     share = settings.pop("share_compile", True)
     earlier = settings.get("post_grad_custom_pre_pass", config.post_grad_custom_pre_pass)

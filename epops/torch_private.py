@@ -187,11 +187,14 @@ def on_compile(begin: Any, end: Any) -> list[Any] | None:
     return callback_handler.start_callbacks
 
 
-def is_in_compile() -> bool:
-    """Whether Dynamo compiles something in this thread."""
-    from torch import _guards
-
-    return _guards.CompileContext.try_get() is not None
+def is_compile_pending() -> bool | None:
+    """Whether a compile has begun whose end torch will tell; None where torch does not count them."""
+    try:
+        from torch._dynamo.callback import callback_handler
+    except ImportError:
+        return None
+    pending = getattr(callback_handler, "_CompilationCallbackHandler__pending_callbacks_counter", None)
+    return None if pending is None else pending > 0
 
 
 def symmetric_empty(num_bytes: int, device: torch.device) -> torch.Tensor:

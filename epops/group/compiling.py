@@ -6,7 +6,7 @@ import sys
 import threading
 from typing import Any
 
-from ..torch_private import on_compile
+from ..torch_private import is_compile_pending, on_compile
 from .registry import open_groups
 
 _lock = threading.Lock()
@@ -15,8 +15,8 @@ _called: list[Any] = []
 _done: threading.Event | None = None
 
 
-def watch(*, now: bool = False) -> None:
-    """Have torch.compile say when it begins and ends, once it is in use.  ``now``: a compile is running already."""
+def watch() -> None:
+    """Have torch.compile say when it begins and ends, once it is in use; a compile that is under way has begun."""
     global _called
     if _begin in _called or "torch._dynamo" not in sys.modules:
         return
@@ -25,7 +25,7 @@ def watch(*, now: bool = False) -> None:
             return
         calls = on_compile(_begin, _end)
         _called = [_begin] if calls is None else calls
-    if now and calls is not None:
+    if is_compile_pending():
         _begin()
 
 
@@ -47,7 +47,12 @@ def _end(*_: Any) -> None:
 
 def _keep_saying(done: threading.Event) -> None:
     """Send a busy message four times in a timeout; a compile that is over before the first one costs no message."""
+    global _done
     while not done.wait(min([group.timeout for group in open_groups()], default=30.0) / 4):
+        if is_compile_pending() is False:  # it ended while we asked to be told
+            with _lock:
+                _done = None if _done is done else _done
+            return
         for group in open_groups():
             for mailbox in group.mailboxes():
                 mailbox.busy()

@@ -9,7 +9,7 @@ import torch
 
 from ..group import compiling
 from ..schema import SCHEMAS
-from ..torch_private import below_autograd, is_in_compile, transforms_active
+from ..torch_private import below_autograd, transforms_active
 
 library = torch.library.Library("epops", "DEF")
 
@@ -23,8 +23,7 @@ def bind(name: str, real: Callable[..., Any], fake: Callable[..., Any]) -> None:
         library.impl(name, real, key)
 
     def traced(*args: Any, **kwargs: Any) -> Any:
-        if is_in_compile():
-            compiling.watch(now=True)  # whoever the backend is, and after torch.compiler.reset too
+        compiling.watch()  # whoever the backend is, and after torch.compiler.reset too
         return fake(*args, **kwargs)
 
     torch.library.register_fake(f"epops::{name}", traced, lib=library)

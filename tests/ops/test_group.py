@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import epops
+from epops.group import compiling
 from tests import inputs
 from tests.ranks import run_ranks
 
@@ -251,6 +252,19 @@ def test_a_rank_that_compiles_alone_keeps_its_peers_waiting_beyond_the_timeout()
         assert (first, second) == ("nothing", "nothing")
         assert [values[0] for values in told] == [5, 6] and all(values[1:] == list(range(20)) for values in told)
         assert "PeerError" in late
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_is_over_when_it_is_over(strict: bool) -> None:
+    """Tracing for an export is no compile whose end torch tells: nobody may be told forever that this rank is busy."""
+
+    class Doubled(torch.nn.Module):
+        def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            return epops.grouped_mm(x, x[None], ends)
+
+    torch.compiler.reset()
+    torch.export.export(Doubled(), (torch.ones(2, 2), torch.tensor([2], dtype=torch.int32)), strict=strict)
+    assert compiling._done is None
 
 
 def unequal_facts(rank: int, size: int) -> str:
