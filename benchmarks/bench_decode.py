@@ -200,6 +200,8 @@ def work(place: Place, options: Options) -> bool:
         for name in CONTENDERS:
             for how in options.hows:
                 found.append((name, how, measure(name, how, whole, place, options, expected)))
+                if place.rank == 0:
+                    print(f"{name}, {how}: {found[-1][2]}", file=sys.stderr, flush=True)
                 dist.barrier()
         if place.rank == 0:
             report(found, place, options)

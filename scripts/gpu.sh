@@ -26,7 +26,7 @@ stage() {
 }
 for name in "$@"; do
   case "$name" in
-    build) stage build 180 env EPOPS_BUILD_CUDA=1 NVCC_APPEND_FLAGS="${NVCC_FLAGS:-}" python3 setup.py --quiet build_ext --inplace ;;
+    build) stage build 180 env EPOPS_BUILD_CUDA=1 NVCC_APPEND_FLAGS="${NVCC_FLAGS:-}" python3 setup.py --quiet egg_info build_ext --inplace ;;
     virtual) stage virtual 240 python3 -m pytest -q --maxfail ${MAXFAIL:-5} --timeout 60 --timeout-method thread tests/gpu/test_virtual_ranks.py ${TESTS:+-k "$TESTS"} ;;
     ranks) stage ranks 240 python3 -m pytest -q --maxfail 4 --timeout 100 --timeout-method thread tests/gpu/test_nvlink.py ${TESTS:+-k "$TESTS"} ;;
     sanitize)

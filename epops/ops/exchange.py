@@ -132,8 +132,10 @@ def settle(
         group.record(op, bits, f"rank {group.rank}, epoch {sequence}: {', '.join(facts) or 'on another rank'}")
         return torch.tensor([bits, rows, dropped, bad, repeated, -1, 0, 0], dtype=torch.int32)
     status = torch.zeros(words.STATUS_WORDS, dtype=torch.int64, device=device)
-    status[1], status[2], status[3], status[4], status[5] = num_rows, num_dropped, num_bad, num_repeated, -1
-    status[0] = bits | (status[2] != 0).to(torch.int64) * words.STATUS_OVERFLOW
+    for place, value in enumerate((num_rows, num_dropped, num_bad, num_repeated, -1), start=1):
+        # A plain int is filled in: assigned, it would be a copy from the host, which a CUDA graph capture refuses.
+        status[place].copy_(value) if isinstance(value, torch.Tensor) else status[place].fill_(value)
+    status[0].copy_(bits | (status[2] != 0).to(torch.int64) * words.STATUS_OVERFLOW)
     status = status.to(torch.int32)
     group.record_on_device(status)
     return status

@@ -76,7 +76,7 @@ def _plan_all_to_all(ins: torch.Tensor, outs: torch.Tensor | None = None, **a: A
     group = get_group(a["group"])
     checked(group, PLAN, (ins, outs), a)
     status = torch.zeros(words.STATUS_WORDS, dtype=torch.int32, device=ins.device)
-    status[5] = -1
+    status[5].fill_(-1)
     return write_plan(ins, outs), status
 
 

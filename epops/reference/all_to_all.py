@@ -56,8 +56,9 @@ def write_plan(input_splits: torch.Tensor, output_splits: torch.Tensor) -> torch
     """A plan tensor, see `words.PLAN_HEADER`."""
     ep_size = input_splits.shape[0]
     header = torch.zeros(words.PLAN_HEADER, dtype=torch.int64, device=input_splits.device)
-    header[0] = 1
-    header[1] = ep_size
+    # Filled in: an int that is assigned is a copy from the host, which a CUDA graph capture refuses.
+    header[0].fill_(1)
+    header[1].fill_(ep_size)
     header[2] = input_splits.sum()
     header[3] = output_splits.sum()
     return torch.cat([header, input_splits, running(input_splits), output_splits, running(output_splits)])
