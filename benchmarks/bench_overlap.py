@@ -2,14 +2,15 @@
 
     python benchmarks/bench_overlap.py --tokens 512 4096 --out benchmarks/results
 
-On GPUs each figure is the replay of a CUDA graph, timed by events; on CPU the compiled call, timed on the host.  The median of the
-slowest rank counts.  ``exchanges`` is a dispatch and the combine that answers it, alone; ``shared expert`` the compiled shared
-expert alone.  The ceiling of what overlap can save is the smaller of the two.
+On GPUs each figure is a sixteenth of the replay of a CUDA graph with 16 calls, timed by events; on CPU the compiled call, timed
+on the host.  The median of the slowest rank counts.  ``exchanges`` is a dispatch and the combine that answers it, alone;
+``shared expert`` the compiled shared expert alone.  The ceiling of what overlap can save is the smaller of the two.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -26,6 +27,8 @@ import epops
 from epops.demo.launch import Place, choose, join_torchrun, process_group, size_under_torchrun, start
 
 WARM_UPS = 5
+CALLS = 16
+COPIES = 4
 
 
 class Options(NamedTuple):
@@ -70,17 +73,20 @@ class Layer(torch.nn.Module):
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, runs: int) -> float:
-    """Median time of a call, of the slowest rank."""
+    """Median time of a call, of the slowest rank.
+
+    A CUDA graph holds `CALLS` of them, one behind the other: where one rank begins later than another, only the first one waits.
+    """
     with torch.no_grad():
         for _ in range(WARM_UPS):
             call()
-        replay = call
         if device.type == "cuda":
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                call()
-            replay = graph.replay
+                for _ in range(CALLS):
+                    call()
+            graph.replay()
         times = []
         for _ in range(runs):
             dist.barrier()
@@ -88,13 +94,13 @@ def milliseconds(call: Callable[[], Any], device: torch.device, runs: int) -> fl
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 torch.cuda.synchronize()
                 begin.record()
-                replay()
+                graph.replay()
                 end.record()
                 torch.cuda.synchronize()
-                times.append(begin.elapsed_time(end))
+                times.append(begin.elapsed_time(end) / CALLS)
             else:
                 began = time.perf_counter()
-                replay()
+                call()
                 times.append(1e3 * (time.perf_counter() - began))
     slowest = torch.tensor([statistics.median(times)], device=device, dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -118,12 +124,15 @@ def measure(options: Options, tokens: int, device: torch.device) -> dict[str, fl
         plain = [one.__name__ for one in epops.PASSES if one.__name__ != "overlap"]
         one_after_another = torch.compile(layer, fullgraph=True, backend="epops", options={"passes": plain})
         overlapped = torch.compile(layer, fullgraph=True, backend="epops")
+        # By turns with copies of itself: in the layer its weights do not find themselves in the L2 either.
+        copies = [layer.shared, *(copy.deepcopy(layer.shared) for _ in range(COPIES - 1))]
+        shared = torch.compile(lambda x: [one(x) for one in copies])
         with torch.no_grad():
             difference = (overlapped(x) - one_after_another(x)).abs().max().item()
         found = {
             "tokens": tokens,
             "exchanges_ms": milliseconds(exchanges, device, options.runs),
-            "shared_expert_ms": milliseconds(lambda: torch.compile(layer.shared)(x), device, options.runs),
+            "shared_expert_ms": milliseconds(lambda: shared(x), device, options.runs) / COPIES,
             "one_after_another_ms": milliseconds(lambda: one_after_another(x), device, options.runs),
             "overlapped_ms": milliseconds(lambda: overlapped(x), device, options.runs),
             "largest_difference": difference,
