@@ -54,7 +54,9 @@ class Tuning:
     ``num_sms``: blocks that send on the throughput path; ``spare_sms`` and ``spare_sms_throughput``: multiprocessors that no
     block of ours ever holds, so that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M up to
     which all warps of a block, or a few, share a token; above, each warp has its own.  ``limit_blocks``: at most so many blocks
-    (0: no limit).  ``pdl``: a kernel's launch overlaps the end of the one before.  ``extra``: plans by op, instead of all this.
+    (0: no limit).  ``beside_sms``: blocks of an op that a start half runs on a second stream, up to M ``beside_tokens``; above,
+    matrix products lose more by sharing the chip than the exchange gains, and it runs at once.  ``pdl``: a kernel's launch overlaps
+    the end of the one before.  ``extra``: plans by op, instead of all this.
     """
 
     num_sms: int = 32
@@ -63,12 +65,14 @@ class Tuning:
     decode_tokens: int = 160
     middle_tokens: int = 1024
     limit_blocks: int = 0
+    beside_sms: int = 64
+    beside_tokens: int = 512
     pdl: int = 1
     extra: dict[str, Plan] = field(default_factory=dict)
 
     def beside(self) -> Tuning:
-        """Settings for a kernel that other work runs beside: at most ``num_sms`` blocks, and a launch behind an event."""
-        blocks = min(self.limit_blocks or self.num_sms, self.num_sms)
+        """Settings for a kernel that other work runs beside: at most ``beside_sms`` blocks, and a launch behind an event."""
+        blocks = min(self.limit_blocks or self.beside_sms, self.beside_sms)
         return dataclasses.replace(self, limit_blocks=blocks, pdl=0)
 
     def plan(self, op: str, max_tokens: int, num_ranks: int, num_sms: int, hidden: int = 7168) -> Plan:
@@ -164,6 +168,11 @@ def launched_beside(side: torch.cuda.Stream) -> Iterator[list[torch.Tensor]]:
 def is_beside() -> bool:
     """Whether kernels are being launched on a second stream."""
     return _beside.side is not None
+
+
+def launch_here() -> None:
+    """Within `launched_beside`: launch on the current stream after all."""
+    _beside.side = None
 
 
 def stream_of(tensor: torch.Tensor) -> int:

@@ -109,6 +109,9 @@ class NvlinkTransport:
 
     def plan(self, op: str, max_tokens: int, hidden: int) -> kernels.Plan:
         beside = kernels.is_beside()
+        if beside and max_tokens > self.tuning.beside_tokens:
+            kernels.launch_here()
+            beside = False
         key = (op, max_tokens, hidden, beside)
         plan = self._plans.get(key)
         if plan is None:
@@ -117,7 +120,7 @@ class NvlinkTransport:
         return plan
 
     def beside(self, run: Callable[[], Any]) -> Pending:
-        """Begin ``run``, one of the ops below, on a stream of its own and on few multiprocessors.
+        """Begin ``run``, one of the ops below, on a stream of its own and on few multiprocessors, where that pays (`Tuning`).
 
         All memory is of the caller's stream: results, and copies of arguments, which are kept until the op's end.
         """
