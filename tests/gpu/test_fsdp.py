@@ -44,7 +44,10 @@ def training_scenario(rank, world, transport, tokens):
         for number, layer in enumerate(layers):
             layer.set_modules_to_forward_prefetch(layers[number + 1 :])
             layer.set_modules_to_backward_prefetch(layers[:number][::-1])
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        # A group of their own: optimizers on CUDA take all tensors of a group at once, and cannot mix sharded ones with others.
+        own = {id(p) for p in ignored}
+        groups = [[p for p in model.parameters() if (id(p) in own) == mine] for mine in (False, True)]
+        optimizer = torch.optim.SGD([{"params": some} for some in groups], lr=0.02)
         for step in range(STEPS):
             everyone = [batch(r, step, tokens - 3 * r) for r in range(world)]
             wanted = [loss_of(alone, ids) for ids in everyone]
