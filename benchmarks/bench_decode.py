@@ -4,13 +4,16 @@
 
 All contenders have the same weights and decode the same sequences from their first token on, each rank ``--batch`` of them (those
 that share one batch have them all).  A step is timed on the host with the device waited for; the median of the slowest rank
-counts.  Every contender's tokens are compared with those of the one device.
+counts.  Every contender's tokens are compared with those of the one device.  ``--profile`` adds what epops' captured step is made
+of: its kernels by kind, the exchanges' time a layer, and how often the host launches something.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import gc
 import json
 import platform
 import statistics
@@ -43,6 +46,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 CONTENDERS = ("one device", "all_to_all", "all_reduce", "epops")
 HOWS = ("eager", "compiled", "captured")
 WARM_UPS = 3
+PROFILED = 10
+"""Steps under the profiler."""
+KINDS = {
+    "exchange": ("dispatch_kernel", "combine_kernel", "scatter_kernel", "ncclDevKernel"),
+    "grouped product": ("GroupProblemShape", "grouped_mm", "prepare_grouped"),
+    "attention": ("fmha", "flash", "attention"),
+    "rows": ("map_rows",),
+    "product": ("gemm", "nvjet", "cublas", "_mm_", "splitK"),
+}
+"""Kind of kernel → what one of its names has in it, in this order; everything else is "other"."""
 
 
 class Options(NamedTuple):
@@ -53,8 +66,25 @@ class Options(NamedTuple):
     length: int
     dtype: str
     hows: tuple[str, ...]
+    contenders: tuple[str, ...]
+    profile: bool
     out: str
     command: str
+
+
+class Parts(NamedTuple):
+    """What one step is made of, on the first rank; microseconds of the device, kernels that overlap counted twice."""
+
+    kinds: dict[str, float]
+    exchange_a_layer: float
+    exchange_share: float
+    """Of the kernels' sum."""
+    graph_launches: float
+    """A step."""
+    other_launches: float
+    """Kernels that the host launches outside of a graph, a step."""
+    kernels: list[tuple[str, float, float]]
+    """Name, count a step, microseconds a step: the largest."""
 
 
 class Figures(NamedTuple):
@@ -65,12 +95,13 @@ class Figures(NamedTuple):
     milliseconds: float
     tokens_per_second: float
     memory_mib: float
-    """Peak on the device of a rank, weights included; 0 on the CPU."""
+    """Peak on the device of a rank while it decodes, its weights included; 0 on the CPU."""
     graph_breaks: int
     graphs: int
     exchanges: str
     tokens_differ: int
     """Of all tokens of all steps, those that are not the one device's."""
+    parts: Parts | None
 
 
 def build(options: Options, device: torch.device) -> Any:
@@ -152,10 +183,18 @@ def measure(name: str, how: str, whole: Any, place: Place, options: Options, exp
     ids = torch.randint(3, vocab, (place.size * options.batch,), generator=generator).to(device)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    gc.collect()  # the contender before, whose graphs hold its memory
+    others = 0
     if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()
+        # Of the model that the copies are made of only the one device's step is part.
+        others = 0 if name == "one device" else sum(t.numel() * t.element_size() for t in whole.parameters())
+    parts = None
+    end: Callable[[], None] = lambda: None  # noqa: E731
     try:
         step, tokens, end, exchanges = contender(name, how, whole, ids, place, options)
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
         tokens.copy_(ids if len(tokens) == len(ids) else ids[place.rank * options.batch :][: options.batch])
         times, made = [], []
         for at in range(WARM_UPS + options.steps):
@@ -165,8 +204,13 @@ def measure(name: str, how: str, whole: Any, place: Place, options: Options, exp
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
             made.append(tokens.tolist())
+        peak = torch.cuda.max_memory_allocated() - others if on_cuda else 0
+        if options.profile and on_cuda and (name, how) == ("epops", "captured"):
+            parts = profile(step, at, whole.config.get_text_config().num_hidden_layers)
         end()
     except Exception as error:
+        with contextlib.suppress(Exception):
+            end()
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     if not expected:
         expected += made
@@ -183,11 +227,44 @@ def measure(name: str, how: str, whole: Any, place: Place, options: Options, exp
         sequences=len(ids),
         milliseconds=1000 * seconds,
         tokens_per_second=len(ids) / seconds,
-        memory_mib=torch.cuda.max_memory_allocated() / 2**20 if on_cuda else 0.0,
+        memory_mib=peak / 2**20,
         graph_breaks=sum(counters["graph_break"].values()),
         graphs=counters["stats"]["unique_graphs"],
         exchanges=exchanges,
         tokens_differ=sum(wrong for _, wrong in told),
+        parts=parts,
+    )
+
+
+def profile(step: Callable[[int], None], at: int, layers: int) -> Parts:
+    """What the steps after ``at`` are made of; all ranks call it."""
+    from torch.profiler import DeviceType, ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        for _ in range(PROFILED):
+            step(at)
+        torch.cuda.synchronize()
+    found = seen.key_averages()
+    on_device = [event for event in found if event.device_type == DeviceType.CUDA]
+    kernels = [
+        (event.key, event.count / PROFILED, event.self_device_time_total / PROFILED)
+        for event in on_device
+        if not event.key.startswith(("Memcpy", "Memset"))
+    ]
+    kinds = dict.fromkeys((*KINDS, "other"), 0.0)
+    for key, _, microseconds in kernels:
+        kind = next((kind for kind, words in KINDS.items() if any(word in key for word in words)), "other")
+        kinds[kind] += microseconds
+    counts = {event.key: event.count / PROFILED for event in found}
+    return Parts(
+        kinds=kinds,
+        exchange_a_layer=kinds["exchange"] / layers,
+        exchange_share=kinds["exchange"] / max(sum(kinds.values()), 1e-9),
+        graph_launches=counts.get("cudaGraphLaunch", 0.0),
+        other_launches=sum(
+            count for key, count in counts.items() if key.startswith(("cudaLaunchKernel", "cuLaunchKernel"))
+        ),
+        kernels=sorted(kernels, key=lambda kernel: -kernel[2])[:20],
     )
 
 
@@ -197,19 +274,28 @@ def work(place: Place, options: Options) -> bool:
         whole = build(options, torch.device(place.device))
         expected: list[Any] = []
         found: list[tuple[str, str, Figures | str]] = []
-        for name in CONTENDERS:
+        for name in options.contenders:
             for how in options.hows:
+                began = time.perf_counter()
                 found.append((name, how, measure(name, how, whole, place, options, expected)))
                 if place.rank == 0:
-                    print(f"{name}, {how}: {found[-1][2]}", file=sys.stderr, flush=True)
+                    seconds = time.perf_counter() - began
+                    print(f"{name}, {how}, {seconds:.0f} s: {found[-1][2]}", file=sys.stderr, flush=True)
+                    write(found, place, options)  # a run that is cut short keeps what it has
                 dist.barrier()
         if place.rank == 0:
-            report(found, place, options)
+            lines = table(found, place, options)
+            print("\n".join(lines))
+            if options.out:
+                plot([one for *_, one in found if isinstance(one, Figures)], lines[0], _stem(place, options, "png"))
+        # NCCL's end of a communicator waits for the graphs that hold its exchanges.
+        torch._dynamo.reset()
+        gc.collect()
     return True
 
 
-def report(found: list[tuple[str, str, Figures | str]], place: Place, options: Options) -> None:
-    """Print the table; write JSON, the table and a plot."""
+def table(found: list[tuple[str, str, Figures | str]], place: Place, options: Options) -> list[str]:
+    """Lines of the table, its title first."""
     device = torch.cuda.get_device_name() if place.device.startswith("cuda") else platform.machine()
     head = f"{options.model} ({options.config}), {options.dtype}, {options.batch} sequences a rank, {place.size} × {device}"
     lines = [
@@ -225,19 +311,53 @@ def report(found: list[tuple[str, str, Figures | str]], place: Place, options: O
         cells = [f"{one.milliseconds:.2f}", f"{one.tokens_per_second:,.0f}", f"{one.memory_mib:.0f}"]
         counts = [one.graph_breaks, one.graphs, one.exchanges, one.tokens_differ]
         lines.append(f"| {name} | {how} | {' | '.join([*cells, *map(str, counts)])} |")
-    print("\n".join(lines))
+    for _, _, one in found:
+        if isinstance(one, Figures) and one.parts is not None:
+            lines += ["", *told(one.parts)]
+    return lines
+
+
+def _stem(place: Place, options: Options, ending: str) -> Path:
+    return Path(options.out) / f"decode_{options.model}_{options.config}_{place.size}.{ending}"
+
+
+def write(found: list[tuple[str, str, Figures | str]], place: Place, options: Options) -> None:
+    """JSON and the table, in the folder that was asked for."""
     if not options.out:
         return
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"decode_{options.model}_{options.config}_{place.size}"
-    rows = [
-        one._asdict() if isinstance(one, Figures) else {"contender": n, "how": h, "failed": one} for n, h, one in found
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    lines = table(found, place, options)
+    facts = {
+        "what": lines[0],
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": options.command,
+    }
+    rows = [_row(name, how, one) for name, how, one in found]
+    _stem(place, options, "json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    _stem(place, options, "md").write_text("\n".join(lines) + "\n")
+
+
+def told(parts: Parts) -> list[str]:
+    """The lines of a profile."""
+    kinds = ", ".join(f"{kind} {microseconds:.0f}" for kind, microseconds in parts.kinds.items())
+    lines = [
+        f"epops' captured step, µs of the device by kind of kernel: {kinds}.",
+        f"Exchanges take {parts.exchange_a_layer:.1f} µs a layer, {parts.exchange_share:.0%} of the kernels' time.  The host makes "
+        f"{parts.graph_launches:g} graph launches and {parts.other_launches:g} kernel launches a step.",
+        "",
+        "| kernel | a step | µs a step |",
+        "| --- | --- | --- |",
     ]
-    facts = {"what": head, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "command": options.command}
-    (folder / f"{stem}.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
-    plot([one for *_, one in found if isinstance(one, Figures)], head, folder / f"{stem}.png")
+    for name, count, microseconds in parts.kernels:
+        lines.append(f"| `{name[:100]}` | {count:g} | {microseconds:.1f} |")
+    return lines
+
+
+def _row(name: str, how: str, one: Figures | str) -> dict[str, Any]:
+    if isinstance(one, str):
+        return {"contender": name, "how": how, "failed": one}
+    return {**one._asdict(), "parts": None if one.parts is None else one.parts._asdict()}
 
 
 def plot(rows: list[Figures], title: str, path: Path) -> None:
@@ -268,6 +388,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens that the caches have room for")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--how", nargs="+", default=None, choices=HOWS, help="default: all that the device can do")
+    parser.add_argument(
+        "--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS, help="in this order; default: all"
+    )
+    parser.add_argument("--profile", action="store_true", help="what epops' captured step is made of")
     parser.add_argument("--out", default="", help="folder for JSON, table and plot")
     chosen = parser.parse_args()
     if chosen.steps + WARM_UPS > chosen.length:
@@ -275,8 +399,9 @@ def main() -> None:
     started = size_under_torchrun()
     count, kind = choose(started, chosen.ranks, chosen.device, "bench_decode")
     hows = tuple(chosen.how or (HOWS if kind == "cuda" else HOWS[:2]))
-    settings = (chosen.model, chosen.config, chosen.batch, chosen.steps, chosen.length, chosen.dtype, hows, chosen.out)
-    options = Options(*settings, " ".join(["python", *sys.argv]))
+    settings = (chosen.model, chosen.config, chosen.batch, chosen.steps, chosen.length, chosen.dtype, hows)
+    contenders = tuple(chosen.contenders)
+    options = Options(*settings, contenders, chosen.profile, chosen.out, " ".join(["python", *sys.argv]))
     good = start(work, options, count, kind) if started is None else join_torchrun(work, options, kind)
     sys.exit(0 if good else 1)
 

@@ -123,6 +123,10 @@ SCHEMAS: dict[str, str] = {
     "grouped_mm_backward_weight": (
         "grouped_mm_backward_weight(Tensor grad, Tensor rows, Tensor expert_ends) -> Tensor"
     ),
+    "scaled_grouped_mm": (
+        "scaled_grouped_mm(Tensor rows, Tensor weight, Tensor expert_ends, Tensor row_scales, Tensor weight_scales) "
+        "-> Tensor"
+    ),
     "map_rows": "map_rows(Tensor[] inputs, Tensor expert_ends, *, str program) -> Tensor[]",
     "all_reduce": "all_reduce(Tensor x, *, str group, int ep_size) -> Tensor",
     "gather_tokens": "gather_tokens(Tensor x, *, str group, int ep_size, SymInt num_tokens) -> Tensor",
@@ -130,6 +134,8 @@ SCHEMAS: dict[str, str] = {
 """Op name → schema, forward before backward, dispatch before combine."""
 
 EXCHANGES: tuple[str, ...] = tuple(
-    name for name in SCHEMAS if name not in ("grouped_mm", "grouped_mm_backward_weight", "map_rows")
+    name
+    for name in SCHEMAS
+    if name not in ("grouped_mm", "grouped_mm_backward_weight", "scaled_grouped_mm", "map_rows")
 )
 """Ops that talk to other ranks: their order must be the same on every rank of a group."""

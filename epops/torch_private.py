@@ -13,6 +13,21 @@ def mark_static(tensor: torch.Tensor) -> None:
     torch._dynamo.mark_static_address(tensor)
 
 
+def scaled_grouped_mm(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    expert_ends: torch.Tensor,
+    row_scales: torch.Tensor,
+    weight_scales: torch.Tensor,
+) -> torch.Tensor:
+    """Torch's grouped GEMM of fp8 rows (C, in) and weights (L, in, out), a scale a row and an output: (C, out) bfloat16."""
+    if not hasattr(torch, "_scaled_grouped_mm"):
+        raise RuntimeError(
+            f"epops.grouped_mm: row_scales: expected a torch with _scaled_grouped_mm, got {torch.__version__}; use bfloat16 rows"
+        )
+    return torch._scaled_grouped_mm(rows, weight, row_scales, weight_scales, offs=expert_ends, out_dtype=torch.bfloat16)
+
+
 def is_capturing() -> bool:
     """Whether the current CUDA stream is being captured into a graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

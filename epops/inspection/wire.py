@@ -31,7 +31,12 @@ def exchange_of(node: Node) -> tuple[str, dict[str, Any]] | None:
     if schema is None or schema.name.split("::")[0] not in ("epops", "_c10d_functional"):
         return None
     name = schema.name.split("::")[1].removesuffix("_start")
-    if name.endswith("_wait") or name in ("wait_tensor", "grouped_mm", "grouped_mm_backward_weight"):
+    if name.endswith("_wait") or name in (
+        "wait_tensor",
+        "grouped_mm",
+        "grouped_mm_backward_weight",
+        "scaled_grouped_mm",
+    ):
         return None
     given: dict[str, Any] = {}
     for index, item in enumerate(schema.arguments):
@@ -114,7 +119,10 @@ def is_product(node: Node) -> bool:
     if target is node.target:
         return work_of(node, None, 1) > 0
     word = getattr(getattr(target, "_schema", None), "name", "")
-    return word.endswith(("mm", "grouped_mm_backward_weight", "baddbmm")) or op_name(node) == "grouped_mm"
+    return word.endswith(("mm", "grouped_mm_backward_weight", "baddbmm")) or op_name(node) in (
+        "grouped_mm",
+        "scaled_grouped_mm",
+    )
 
 
 def _fake(item: Any) -> torch.Tensor:

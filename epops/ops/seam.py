@@ -15,14 +15,29 @@ from . import map_rows as map_rows  # registers the op, which passes use
 from .arguments import common_arguments
 from .exchange import Blocks, check_group, exchange, settle, status_bits
 from .registry import bind, differentiate
+from .scaled_grouped_mm import scaled_grouped_mm
 
 
-def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, expert_ends: torch.Tensor) -> torch.Tensor:
+def grouped_mm(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    expert_ends: torch.Tensor,
+    *,
+    row_scales: torch.Tensor | None = None,
+    weight_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Each expert's rows times its weight: (C, in), (L, in, out), int32 (L,) → (C, out); differentiable.
 
     bfloat16 goes to ``torch._grouped_mm``; other dtypes have no kernel there that a compiler or a CUDA graph can hold.
     Rows after the last end are zero on CPU and unspecified on CUDA.
+
+    With ``row_scales`` (C,) or (C, 1) and ``weight_scales`` (L, out) or (L, out, 1), both float32, the factors are float8_e4m3fn,
+    the result is bfloat16, and there is no gradient: for rows of `epops.dispatch_quant` with ``block=0`` and weights of
+    `epops.quantize` with ``block=0``, which takes them as (L, out, in).  Sizes are multiples of 16.  On CUDA it is torch's scaled
+    grouped GEMM, which scales by row; blocks of 128 channels have no kernel there on Hopper.
     """
+    if row_scales is not None or weight_scales is not None:
+        return scaled_grouped_mm(rows, weight, expert_ends, row_scales, weight_scales)
     if rows.dtype == torch.bfloat16 and weight.dtype == torch.bfloat16 and _has_kernel(rows, weight):
         return torch._grouped_mm(rows, weight, offs=expert_ends)
     return torch.ops.epops.grouped_mm.default(rows, weight, expert_ends)

@@ -30,12 +30,11 @@ from .skip_padding import skip_padding, skip_padding_everywhere
 
 Pass = Callable[[Graph], int]
 
-PASSES: tuple[Pass, ...] = (keep_order, fuse_transpose, fuse_quant, fuse_add, overlap)
+PASSES: tuple[Pass, ...] = (keep_order, fuse_transpose, fuse_quant, fuse_add, overlap, skip_padding)
 """The passes that run, in their order; `keep_order` is always on, and runs again at the end, over what the others made."""
 
-ON_REQUEST: tuple[Pass, ...] = (skip_padding, skip_padding_everywhere)
-"""Passes that run where they are asked for, last: ``options={"passes": [*epops.passes.PASSES, "skip_padding"]}``.  The kernel that
-`skip_padding` writes has run in Triton's interpreter and on no GPU yet."""
+ON_REQUEST: tuple[Pass, ...] = (skip_padding_everywhere,)
+"""Passes that run where they are asked for, last: ``options={"passes": [*epops.passes.PASSES, "skip_padding_everywhere"]}``."""
 
 JOINT: tuple[Pass, ...] = (fuse_transpose, fuse_quant, fuse_add, skip_padding)
 """Passes that also run over the joint graph of forward and backward, before it is divided in two: what to keep for the

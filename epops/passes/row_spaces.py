@@ -58,6 +58,8 @@ def row_reads(node: Node) -> Iterator[tuple[Node, Node]]:
         yield from _grouped_mm(node)
     elif name == "grouped_mm":
         yield from _pairs(node.args[2], node.args[:1])
+    elif name == "scaled_grouped_mm":
+        yield from _pairs(node.args[2], [node.args[0], node.args[3]])
     elif name == "grouped_mm_backward_weight":
         yield from _pairs(node.args[2], node.args[:2])
     elif name == "map_rows":
@@ -223,6 +225,6 @@ def times_read(node: Node, user: Node) -> int:
 
 def has_grouped(graph: Graph) -> bool:
     """Whether a graph has rows grouped by expert at all."""
-    return bool(epops_calls(graph, ("grouped_mm", "grouped_mm_backward_weight"))) or any(
+    return bool(epops_calls(graph, ("grouped_mm", "grouped_mm_backward_weight", "scaled_grouped_mm"))) or any(
         node.target is GROUPED_MM for node in graph.nodes
     )

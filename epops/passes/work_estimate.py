@@ -57,7 +57,7 @@ def work_of(node: Node, tokens: Any, top_k: int) -> float:
     """
     if node.op != "call_function":
         return 0.0
-    if node.target in GROUPED or op_name(node) in ("grouped_mm", "grouped_mm_backward_weight"):
+    if node.target in GROUPED or op_name(node) in ("grouped_mm", "grouped_mm_backward_weight", "scaled_grouped_mm"):
         return _grouped(node, top_k)
     places = PRODUCTS.get(node.target)
     if places is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..models.site import serving
 from ..torch_private import mark_static
-from .attention import masks
+from .attention import masks, packed
 from .cache import SlotCache
 from .schedule import Chunk, Move
 
@@ -95,7 +95,8 @@ class Steps:
         def step() -> Tensor:
             mask.copy_(control[1])
             self.cache.place.slots, self.cache.place.positions = None, positions
-            return run(self.model, self.cache, tokens, positions, self.length, self.dtype)
+            with packed(self.model.config.get_text_config()):
+                return run(self.model, self.cache, tokens, positions, self.length, self.dtype)
 
         return step
 

@@ -59,6 +59,9 @@ def _shrink(config_class: Any, sizes: dict[str, Any], tweaks: dict[str, Any]) ->
         elif name in tweaks:  # a configuration that transformers looks up by its model type
             values[name] = tweaks[name]
     values.update({name: value for name, value in tweaks.items() if name not in config_class.sub_configs})
+    for other, name in config_class.attribute_map.items():  # what was asked for by a field's other name
+        if other in tweaks:
+            values[name] = values.pop(other)
     return config_class(**values)
 
 
@@ -81,12 +84,19 @@ def configuration(family: str, size: str = "tiny", **overrides: Any) -> Any:
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Fill weights so that every term counts: matrices scaled by their size, vectors moved off their start value.
 
-    Norm weights start at one or at zero and biases at zero; a model left like that hides a forgotten bias.
+    Norm weights start at one or at zero and biases at zero; a model left like that hides a forgotten bias.  Numbers are drawn on
+    the device where a tensor lies: GPUs agree with one another, and not with the CPU.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def generator_of(device: torch.device) -> torch.Generator:
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        return generators[device]
 
     def noise(like: torch.Tensor, std: float) -> torch.Tensor:
-        return (torch.randn(like.shape, generator=generator) * std).to(like.dtype)
+        drawn = torch.randn(like.shape, generator=generator_of(like.device), device=like.device)
+        return (drawn * std).to(like.dtype)
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -98,7 +108,9 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             if name.endswith("correction_bias"):
                 buffer.add_(noise(buffer, 0.05))
             elif name.endswith("tid2eid"):  # the experts of a token id, each once
-                order = torch.rand(buffer.shape[0], model.config.n_routed_experts, generator=generator).argsort(dim=-1)
+                shape = (buffer.shape[0], model.config.n_routed_experts)
+                drawn = torch.rand(shape, generator=generator_of(buffer.device), device=buffer.device)
+                order = drawn.argsort(dim=-1)
                 buffer.copy_(order[:, : buffer.shape[1]])
 
 

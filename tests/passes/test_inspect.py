@@ -42,17 +42,17 @@ class Golden(TestCase):
             epops.inspect(block, training()).summary(),
             """\
 joint graph
-  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 1
+  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 1, skip_padding 0
   what runs are its two parts, the forward and the backward graph
 
 forward graph
-  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 0, overlap 1, keep_order 0
+  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 0, overlap 1, skip_padding 0, keep_order 0
   bytes that leave a rank, at most: 0 before, 0 after
   %dispatch_start runs beside %mm
   overlap left %combine alone: no product beside it is independent of it
 
 backward graph
-  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 0, overlap 2, keep_order 0
+  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 0, overlap 2, skip_padding 0, keep_order 0
   bytes that leave a rank, at most: 0 before, 0 after
   %combine_backward_start runs beside %mm, %mm.1
   %dispatch_backward_start runs beside %grouped_mm_backward_weight""",
@@ -64,7 +64,7 @@ backward graph
                 str(epops.inspect(block, blocks.inputs())),
                 """\
 inference graph
-  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 1, overlap 1, keep_order 0
+  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 1, overlap 1, skip_padding 0, keep_order 0
   bytes that leave a rank, at most: 0 before, 0 after
   %dispatch_start runs beside %mm
   overlap left %combine alone: no product beside it is independent of it

@@ -44,7 +44,7 @@ def test_fires_once_in_the_joint_graph(block):
     assert by_graph(graphs, "fuse_add") == {"joint": 1, "forward": 0, "backward": 0}
     assert_fused(graphs, fuse_add=1)
     assert count_ops(graphs, "epops.combine") == 1, "the joint graph does not run, and is not counted"
-    assert set(graphs[0].rewrites) == {"fuse_transpose", "fuse_quant", "fuse_add"}
+    assert set(graphs[0].rewrites) == {"fuse_transpose", "fuse_quant", "fuse_add", "skip_padding"}
 
 
 def test_the_forward_alone_could_not_fold_the_weights():
@@ -145,7 +145,7 @@ def test_the_backend_runs_them():
     compiled = torch.compile(residual, backend="epops", fullgraph=True, options={"force_disable_caches": True})
     blocks.close(compiled(given), residual(given), 1e-5)
     assert [report.joint for report in passes.reports] == [True, False, False]
-    assert passes.reports[0].rewrites == {"fuse_transpose": 0, "fuse_quant": 0, "fuse_add": 1}
+    assert passes.reports[0].rewrites == {"fuse_transpose": 0, "fuse_quant": 0, "fuse_add": 1, "skip_padding": 0}
     assert "keep_order" in passes.reports[1].rewrites
 
 

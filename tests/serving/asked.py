@@ -27,7 +27,7 @@ def requests(model: Any, rank: int, count: int, longest: int = 11) -> list[dict[
 
 def answer(model: Any, prompt_ids: list[int], max_new_tokens: int, eos_token_id: Any) -> list[int]:
     """What the model's own generate writes, greedily."""
-    ids = torch.tensor([prompt_ids])
+    ids = torch.tensor([prompt_ids], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
