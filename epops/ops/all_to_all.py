@@ -96,7 +96,8 @@ def all_to_all(
         out_size: size of ``gather_dim`` of the result; needed where its splits are known on the device only.
         scatter_size: size of ``scatter_dim`` of the result, needed where input_splits are given and the two dims differ.
 
-    Over nccl, which moves equal parts, sizes of x and of the result must be those of the other ranks; splits may differ.
+    Over nccl, which moves equal parts, sizes of x and of the result must be those of the other ranks; splits may differ.  Ranks
+    compare sizes on the host when they first have them, and `DisagreementError` is raised on all of them where they differ.
     Splits that disagree between ranks, and pieces for which ``out_size`` has no room, are reported by the next op or check.
 
     >>> import torch, epops
