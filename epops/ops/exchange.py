@@ -99,8 +99,8 @@ def agree_on(group: ExpertGroup, call: Call, part: int) -> None:
     """
     if is_capturing():
         raise GroupError(
-            f"epops.{call.op}: settings: expected a call that ran before, got one that group {group.name!r} first sees inside a CUDA "
-            "graph capture; run one step with the same sizes before capturing"
+            f"epops.{call.op}: settings: expected a call that ran before, got one that group {group.name!r} first sees inside a "
+            "CUDA graph capture; run one step with the same sizes before capturing"
         )
     if group.size == 1:
         return

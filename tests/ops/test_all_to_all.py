@@ -141,6 +141,26 @@ def test_pieces_without_room_are_counted() -> None:
     run_ranks(overflow, 2)
 
 
+@pytest.mark.parametrize("how", ["splits", "both", "plan"])
+def test_the_gradient_of_what_was_dropped_is_refused_with_what_to_do(how: str) -> None:
+    """x of the backward is the gradient of what had room: the message speaks of out_size, not of x alone."""
+    x, splits = torch.ones(4, 2, requires_grad=True), torch.tensor([4])
+    with epops.ExpertGroup(None, "ep", overflow="count") as group:
+        given = {"input_splits": splits, "output_splits": splits if how == "both" else None}
+        if how == "plan":
+            given = {"plan": epops.plan_all_to_all(splits, group=group).plan}
+        got = epops.all_to_all(x, **given, group=group, out_size=3)
+        with pytest.raises(ValueError) as raised:
+            got.rows.sum().backward()
+    said = str(raised.value)
+    assert (
+        said.startswith(f"epops.all_to_all: {'plan' if how == 'plan' else 'input_splits'}: expected ")
+        and ", got " in said
+    )
+    assert "its out_size had no room for (overflow='count')" in said
+    assert "give that call an out_size with room for them" in said
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

@@ -146,6 +146,31 @@ def test_hostile_splits_are_reported_and_no_row_is_taken_for_another() -> None:
     assert first[3] == third[3] == 0
 
 
+def dropped_gradient(rank: int, size: int) -> list[list[float]]:
+    """Gradients of x where each rank sends 2 rows to each, and there is room for 3 of the 2 * size that come."""
+    gradients = []
+    for how in ("splits", "both", "plan"):
+        group = padded_group(f"padded {how}")
+        group.overflow = "count"
+        x, splits = torch.ones(2 * size, 3, requires_grad=True), torch.full((size,), 2)
+        given = {"input_splits": splits, "output_splits": splits if how == "both" else None}
+        if how == "plan":
+            given = {"plan": epops.plan_all_to_all(splits, group=group).plan}
+        got = epops.all_to_all(x, **given, group=group, out_size=3)
+        assert int(got.status[2]) == 2 * size - 3
+        (got.rows * torch.tensor([[2.0], [3.0], [5.0]])).sum().backward()
+        gradients.append(x.grad[:, 0].tolist())
+        group.close()
+    assert gradients[0] == gradients[1] == gradients[2]
+    return gradients[0]
+
+
+def test_what_was_dropped_has_no_gradient() -> None:
+    """Rank 0's rows come first and find room everywhere; of rank 1's one does; never the gradient of another row."""
+    first, second, third = run_ranks(dropped_gradient, 3, timeout=60)
+    assert (first, second, third) == ([2.0, 3.0] * 3, [5.0, 0.0] * 3, [0.0, 0.0] * 3)
+
+
 def sizes_differ(rank: int, size: int) -> list[str]:
     """What a rank is told about calls whose sizes are not those of the others; the group goes on after each."""
     group = padded_group()
