@@ -279,11 +279,23 @@ bind("all_to_all_wait", _all_to_all_wait, fakes.all_to_all_wait)
 # ---- autograd: the same exchange with splits and dims swapped ------------------------------------------------------------
 
 
+def certainly_equal(left: Any, right: Any) -> bool:
+    """Whether two sizes are equal, symbolic ones by their expressions and without a guard."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(left == right))
+
+
 def _save(ctx: Any, x: Any, ins: Any, outs: Any, plan: Any, settings: dict[str, Any], counts: torch.Tensor) -> None:
     ctx.settings = full_settings(settings)
     ctx.x_shape = x.shape
     same = ctx.settings["scatter_dim"] == ctx.settings["gather_dim"]
-    ctx.ragged_back = plan is None and (outs is not None or (same and ins is not None))
+    even = x.shape[ctx.settings["gather_dim"]] * (1 if same else ctx.settings["ep_size"])
+    # Room for other than R pieces like this rank's: pieces differ from rank to rank, and go back as they came.
+    other = not certainly_equal(ctx.settings["out_size"], even)
+    ctx.ragged_back = plan is None and (outs is not None or (same and ins is not None) or other)
     ctx.save_for_backward(counts, ins, plan)
 
 

@@ -130,6 +130,27 @@ def test_splits_that_disagree_are_raised_and_never_taken_for_rows() -> None:
     assert "PeerError" in said and "DisagreementError" in said_too and "ranks disagree" in said_too
 
 
+def pieces_of_other_lengths(rank: int, size: int) -> None:
+    """Equal parts of x, whose length differs from rank to rank: each gradient goes back to its element."""
+    with epops.ExpertGroup(None, "ep") as group:
+        x = (torch.arange(4.0 * (rank + 1)).view(-1, 2) + 100 * rank).requires_grad_()
+        got = epops.all_to_all(x, group=group, out_size=5)
+        (grad,) = torch.autograd.grad((got.rows.cumsum(0) * got.rows).sum(), x)
+        lengths = [rank + 1 for rank in range(size)]
+        back = epops.all_to_all(grad.detach(), torch.tensor([lengths[rank]] * size), group=group, out_size=5)
+        rows = got.rows.detach().requires_grad_()
+        (expected,) = torch.autograd.grad((rows.cumsum(0) * rows).sum(), rows)
+        assert torch.equal(back.rows[: sum(lengths)], expected[: sum(lengths)])
+        heads = (torch.arange(4.0 * (rank + 1)).view(4, -1) + 100 * rank).requires_grad_()
+        got = epops.all_to_all(heads, group=group, scatter_dim=0, gather_dim=1, out_size=5)
+        (grad,) = torch.autograd.grad(got.rows.square().sum(), heads)
+        assert torch.equal(grad, 2 * heads), "each element came once, whatever its rank's length"
+
+
+def test_gradients_of_pieces_whose_lengths_differ() -> None:
+    run_ranks(pieces_of_other_lengths, 2)
+
+
 def overflow(rank: int, size: int) -> None:
     with epops.ExpertGroup(None, "ep", overflow="count") as group:
         got = epops.all_to_all(torch.arange(6.0), torch.tensor([3, 3]), group=group, out_size=4)
