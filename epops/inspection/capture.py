@@ -22,8 +22,9 @@ Pass = Callable[[Graph], int]
 class PassedGraph(NamedTuple):
     """One graph: "inference", or "joint", "forward" and "backward", as the passes found it and as they left it.
 
-    The joint graph of a training step does not run: it is divided into the forward and the backward graph, which show what became
-    of its rewrites.  ``rewrites``: how many each pass made, in their order.
+    The joint graph of a training step does not run: it is divided into the forward and the backward graph, whose ``before`` so
+    has its rewrites in it already; what no pass has touched is the joint graph's ``before``.  ``rewrites``: how many each pass
+    made, in their order.
     """
 
     kind: str

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from .capture import PassedGraph
 from .page_template import TEMPLATE
-from .report import summary_lines
+from .report import headings, summary_lines
 from .text import Line, graph_lines, names_of
 from .wire import exchange_of, is_product
 
@@ -36,6 +36,7 @@ def _graph(graph: PassedGraph) -> dict[str, Any]:
     new = {node.name: _call(node) for node in graph.after.graph.nodes}
     return {
         "kind": kind,
+        "headings": [heading[0].upper() + heading[1:] for heading in headings(graph)],
         "facts": [fact.strip() for fact in facts],
         "before": _side(graph.before, new),
         "after": _side(graph.after, old),

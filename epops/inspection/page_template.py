@@ -58,8 +58,8 @@ TEMPLATE = """<!DOCTYPE html>
   </div>
 </header>
 <main>
-  <section><h2>Before the passes</h2><div id="before"></div></section>
-  <section><h2>After the passes</h2><div id="after"></div></section>
+  <section><h2 id="before-heading">Before</h2><div id="before"></div></section>
+  <section><h2 id="after-heading">After</h2><div id="after"></div></section>
 </main>
 <div id="detail" role="status">Point at a node to see what it computes.</div>
 <script type="application/json" id="data">__DATA__</script>
@@ -164,6 +164,9 @@ function show() {
     return item;
   }));
   [...document.getElementById("tabs").children].forEach((tab, index) => tab.setAttribute("aria-pressed", index === current));
+  if (graph) ["before", "after"].forEach((side, index) => {
+    document.getElementById(`${side}-heading`).textContent = graph.headings[index];
+  });
   for (const side of ["before", "after"]) draw(document.getElementById(side), graph ? graph[side] : [], all);
   document.body.dataset.ready = "yes";
 }

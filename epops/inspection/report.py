@@ -35,8 +35,9 @@ class Inspection:
         parts = []
         for graph in self.graphs:
             parts.append("\n".join(summary_lines(graph)))
-            parts.append(f"before:\n{_indented(graph_text(graph.before))}")
-            parts.append(f"after:\n{_indented(graph_text(graph.after))}")
+            before, after = headings(graph)
+            parts.append(f"{before}:\n{_indented(graph_text(graph.before))}")
+            parts.append(f"{after}:\n{_indented(graph_text(graph.after))}")
         return "\n\n".join(parts)
 
     def __repr__(self) -> str:
@@ -60,8 +61,9 @@ def inspect(
 ) -> Inspection:
     """What ``torch.compile(model, backend="epops")`` does with ``model(*args, **kwargs)``.
 
-    Nothing runs: no code is generated, no exchange takes place, so that one rank alone may ask.  The backward graph is shown
-    too where a result needs gradients.
+    Nothing runs: no code is generated, no exchange takes place, so that one rank alone may ask.  Where a result needs gradients
+    there are three graphs: the joint graph, as the program wrote it and as the passes over it left it, and the forward and the
+    backward graph that it is then divided into, which so begin with its rewrites in them (`headings` says so).
 
     Args:
         model: a module or function; its expert group is open.
@@ -76,16 +78,26 @@ def inspect(
     return Inspection(graphs)
 
 
+def headings(graph: PassedGraph) -> tuple[str, str]:
+    """What a graph's ``before`` and ``after`` are: only a graph that no pass saw earlier is called plainly "before"."""
+    if graph.kind == "joint":
+        return "before any pass", "after the passes over the joint graph"
+    if graph.kind in ("forward", "backward"):
+        return "before its own passes, after the joint graph's rewrites", "after"
+    return "before", "after"
+
+
 def summary_lines(graph: PassedGraph) -> list[str]:
     """Rewrites, bytes, overlaps and declined places of one graph."""
     lines = [f"{graph.kind} graph"]
     counts = ", ".join(f"{name} {count}" for name, count in graph.rewrites.items())
     lines.append(f"  rewrites: {counts or 'no pass ran'}")
+    moved = wire_bytes(graph.before.graph), wire_bytes(graph.after.graph)
+    divided = graph.kind in ("forward", "backward")
+    words = ("after the joint graph's rewrites", "after all") if divided else ("before", "after")
+    lines.append(f"  bytes that leave a rank, at most: {moved[0]} {words[0]}, {moved[1]} {words[1]}")
     if graph.kind == "joint":
         lines.append("  what runs are its two parts, the forward and the backward graph")
-    else:
-        before, after = wire_bytes(graph.before.graph), wire_bytes(graph.after.graph)
-        lines.append(f"  bytes that leave a rank, at most: {before} before, {after} after")
     names = names_of(graph.after)
     for one in overlaps(graph.after.graph):
         beside = ", ".join(names[node] for node in one.beside) or "no product"

@@ -96,8 +96,11 @@ def all_to_all(
         out_size: size of ``gather_dim`` of the result; needed where its splits are known on the device only.
         scatter_size: size of ``scatter_dim`` of the result, needed where input_splits are given and the two dims differ.
 
-    Over nccl, which moves equal parts, sizes of x and of the result must be those of the other ranks; splits may differ.
-    Splits that disagree between ranks, and pieces for which ``out_size`` has no room, are reported by the next op or check.
+    Over nccl, which moves equal parts, sizes of x and of the result must be those of the other ranks; splits may differ.  Ranks
+    compare sizes on the host when they first have them, and `DisagreementError` is raised on all of them where they differ.
+    Splits that disagree between ranks, and pieces for which ``out_size`` has no room, are reported by the next op or check.  A
+    group with ``overflow="count"`` only counts the latter in ``status``; a backward through a call that dropped some is refused
+    over gloo, and over nccl, which reads no split on the host, the gradient of what was dropped is zero.
 
     >>> import torch, epops
     >>> with epops.ExpertGroup(None, "docs") as group:
@@ -160,18 +163,30 @@ def _check_values(
                 "plan",
                 f"a plan for {group.size} ranks of pieces inside dim {scatter_dim} of x, 0 … {along}",
                 f"version {version}, {ranks} ranks, pieces {[*zip(offsets.tolist(), ends)]}",
-                "pass the plan that epops.plan_all_to_all made of splits of x",
+                f"pass the plan that epops.plan_all_to_all made of splits of x{_dropped(group)}",
             )
     values = [0] if ins is None else ins.tolist()
     if min(values) < 0 or sum(values) > along:
         expected = f"splits from 0 whose sum is at most {along}, the size of dim {scatter_dim}"
-        fail("all_to_all", "input_splits", expected, values, "pass splits of x")
+        fail("all_to_all", "input_splits", expected, values, f"pass splits of x{_dropped(group)}")
     values = [0] * group.size if outs is None else outs.tolist()
     if min(values) < 0:
         fail("all_to_all", "output_splits", "splits from 0", values, "pass what each rank sends")
     if scatter_dim != gather_dim and values[group.rank] > x.shape[gather_dim]:
         expected = f"at most {x.shape[gather_dim]} for rank {group.rank} itself, the size of dim {gather_dim} of its x"
         fail("all_to_all", "output_splits", expected, values, "pass what each rank has")
+
+
+def _dropped(group: ExpertGroup) -> str:
+    """What else may be behind splits that are larger than x: the gradient of a call that dropped pieces, which has the splits of
+    all that was sent but a gradient of what had room only."""
+    if group.overflow != "count":
+        return ""
+    return (
+        "; in the backward of an all_to_all that dropped what its out_size had no room for (overflow='count'): x is its "
+        "gradient, the splits are all that its peers sent, so give that call an out_size with room for them: what is dropped has "
+        "no gradient"
+    )
 
 
 def prepare(
@@ -264,11 +279,23 @@ bind("all_to_all_wait", _all_to_all_wait, fakes.all_to_all_wait)
 # ---- autograd: the same exchange with splits and dims swapped ------------------------------------------------------------
 
 
+def certainly_equal(left: Any, right: Any) -> bool:
+    """Whether two sizes are equal, symbolic ones by their expressions and without a guard."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(left == right))
+
+
 def _save(ctx: Any, x: Any, ins: Any, outs: Any, plan: Any, settings: dict[str, Any], counts: torch.Tensor) -> None:
     ctx.settings = full_settings(settings)
     ctx.x_shape = x.shape
     same = ctx.settings["scatter_dim"] == ctx.settings["gather_dim"]
-    ctx.ragged_back = plan is None and (outs is not None or (same and ins is not None))
+    even = x.shape[ctx.settings["gather_dim"]] * (1 if same else ctx.settings["ep_size"])
+    # Room for other than R pieces like this rank's: pieces differ from rank to rank, and go back as they came.
+    other = not certainly_equal(ctx.settings["out_size"], even)
+    ctx.ragged_back = plan is None and (outs is not None or (same and ins is not None) or other)
     ctx.save_for_backward(counts, ins, plan)
 
 

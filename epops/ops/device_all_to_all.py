@@ -33,9 +33,15 @@ def prepare_on_device(group: ExpertGroup, x: torch.Tensor, ins: Any, outs: Any, 
         offsets = running(ins)
     same = scatter_dim == gather_dim
     part = size if same else a["scatter_size"]
-    index = (offsets.unsqueeze(1) + torch.arange(part, device=x.device)).clamp(0, max(size - 1, 0))
+    index = offsets.unsqueeze(1) + torch.arange(part, device=x.device)
     front = x.movedim(scatter_dim, 0)
-    blocks = front[index] if size else front.new_zeros((group.size, part, *front.shape[1:]))
+    if size:
+        # What a split names beyond the end of x is not there: zero, never another row.
+        there = ((index >= 0) & (index < size)).view(group.size, part, *[1] * (front.dim() - 1))
+        blocks = torch.where(there, front[index.clamp(0, size - 1)], 0)
+    else:
+        blocks = front.new_zeros((group.size, part, *front.shape[1:]))
+    missing = ((ins > 0) & ((offsets < 0) | (offsets + ins > size))).any()
     mine = x.new_full((), x.shape[gather_dim], dtype=torch.int64)
     if not same:
         dim = 2 + (gather_dim if gather_dim < scatter_dim else gather_dim - 1)
@@ -48,7 +54,11 @@ def prepare_on_device(group: ExpertGroup, x: torch.Tensor, ins: Any, outs: Any, 
     call = Call("all_to_all", row_bytes=flat[0].shape[0], layout=scatter_dim * 16 + gather_dim, lane=a["lane"])
     # One count a pair: the split along the ragged dim, and the contribution along the gathered one.
     counts = ins if same else ins * (1 << 31) + mine
-    return Blocks(call, flat, counts, status_bits(group, {})), (ins, outs, tuple(blocks.shape[1:]))
+    return Blocks(call, flat, counts, status_bits(group, {words.STATUS_OVERFLOW: missing})), (
+        ins,
+        outs,
+        tuple(blocks.shape[1:]),
+    )
 
 
 def finish_on_device(

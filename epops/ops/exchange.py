@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import layout as words
-from ..errors import EpopsError
+from ..errors import DisagreementError, EpopsError, GroupError, PeerError
 from ..group import ExpertGroup, get_group
+from ..torch_private import is_capturing
 from ..transport import Call, Pending, Swap
-from ..transport.base import HEADER_WORDS
+from ..transport.base import HEADER_WORDS, describe
 
 
 class Blocks(NamedTuple):
@@ -76,11 +77,51 @@ def _buffer(group: ExpertGroup, out: Blocks) -> torch.Tensor:
 
 
 def _fixed_header(group: ExpertGroup, out: Blocks) -> torch.Tensor:
-    key = ("header", out.call)
+    part = out.blocks[0].numel()
+    key = ("header", out.call, part)
     fixed = group.cache.get(key)
     if fixed is None:
+        agree_on(group, out.call, part)
         fixed = group.cache[key] = out.call.header(0, 0, [0] * group.size).to(group.device)
     return fixed
+
+
+def agree_on(group: ExpertGroup, call: Call, part: int) -> None:
+    """Compare a call's settings, and the bytes of a part, over the ranks, on the host, before a byte moves.
+
+    Equal parts carry no sizes: on nccl, ranks whose parts differ corrupt one another's memory or wait for ever.  Once a group
+    and set of settings; what was agreed is remembered by the caller.
+
+    Raises:
+        GroupError: inside a CUDA graph capture, where the host can ask nobody.
+        DisagreementError: on every rank, when one does something else.
+        PeerError: a rank that does not ask: it did something else, with settings that had been agreed before.
+    """
+    if is_capturing():
+        raise GroupError(
+            f"epops.{call.op}: settings: expected a call that ran before, got one that group {group.name!r} first sees inside a "
+            "CUDA graph capture; run one step with the same sizes before capturing"
+        )
+    if group.size == 1:
+        return
+    mine = [*call.words(), part]
+    try:
+        every = group.host_all_gather(mine)
+    except PeerError as error:
+        raise PeerError(
+            f"epops.{call.op}: rank {group.rank} of group {group.name!r} makes this call for the first time with {part} "
+            f"bytes for each rank, and not all ranks do; all ranks must make the same calls with the same sizes in the same "
+            f"order [{error}]"
+        ) from error
+    for rank, theirs in enumerate(every):
+        word = next((place for place, (one, other) in enumerate(zip(mine, theirs, strict=True)) if one != other), None)
+        if word is not None:
+            what, expected, got = describe(word, mine, theirs)
+            raise DisagreementError(
+                f"epops.{call.op}: {what}: expected {expected} on every rank, as on rank {group.rank} of group {group.name!r}, got "
+                f"{got} on rank {rank}; over a transport that moves equal parts all ranks must give {call.op} the same sizes and "
+                "settings: pad to the largest"
+            )
 
 
 def _received(group: ExpertGroup, out: Blocks, received: torch.Tensor) -> Swap:

@@ -10,7 +10,6 @@ from torch.fx import Graph, Node
 
 from . import process_groups
 from .axes import Dims
-from .decline_log import declined
 from .graph_facts import arguments, aten, known_equal, op_name, results, same_shape, tensor, value
 from .rewriting import call, erase_unused, size
 
@@ -18,7 +17,12 @@ RULE = "fuse_transpose"
 
 
 class Exchange(NamedTuple):
-    """An all-to-all as this pass sees it: ``node`` starts it, ``result`` is what arrives."""
+    """An all-to-all as this pass sees it: ``node`` starts it, ``result`` is what arrives.
+
+    ``even``: this rank's parts are equal, and so are the pieces that come; whether that holds on the other ranks is for the pass to
+    prove.  ``input_splits`` and ``output_splits`` are what the call was given, numbers or a tensor, even or not.  ``counted``: its
+    counts, of the dim that it gathers, are used.
+    """
 
     node: Node
     result: Node
@@ -31,11 +35,14 @@ class Exchange(NamedTuple):
     output_splits: Any
     plan: Any
     lane: int
-    scatter_size: Any = None
+    scatter_size: Any
+    even: bool
+    counted: bool
 
     @property
-    def even(self) -> bool:
-        return self.input_splits is None and self.output_splits is None and self.plan is None
+    def torchs(self) -> bool:
+        """Whether it is torch's own collective."""
+        return op_name(self.node) != "all_to_all"
 
 
 def read_exchange(node: Node) -> Exchange | None:
@@ -44,11 +51,10 @@ def read_exchange(node: Node) -> Exchange | None:
         rows = results(node, 0)
         if len(rows) != 1 or tensor(given["x"]) is None:
             return None
-        if any(item.users for item in results(node, 1)):
-            declined(RULE, node, "its counts are used, and they are of the dim that it gathers")
-            return None
         names = ("group", "ep_size", "scatter_dim", "gather_dim", "input_splits", "output_splits", "plan", "lane")
-        return Exchange(node, rows[0], given["x"], *(given[name] for name in (*names, "scatter_size")))
+        facts = {name: given[name] for name in (*names, "scatter_size")}
+        counted = any(item.users for item in results(node, 1))
+        return Exchange(node, rows[0], given["x"], **facts, even=_even_sizes(given), counted=counted)
     schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
     if schema is None or schema.name != "_c10d_functional::all_to_all_single":
         return None
@@ -61,27 +67,37 @@ def read_exchange(node: Node) -> Exchange | None:
         return None
     total = rows.shape[0]
     even = all(known_equal(value(item) * len(sent), total) for item in [*sent, *came])
-    if even:
-        sent = came = None
-    return Exchange(node, waits[0], given["input"], name, len(given["input_split_sizes"]), 0, 0, sent, came, None, 0)
+    return Exchange(node, waits[0], given["input"], name, len(sent), 0, 0, sent, came, None, 0, None, even, False)
+
+
+def _even_sizes(given: dict[str, Any]) -> bool:
+    """Whether a call of ours cuts equal parts along one dim and has room for just as many."""
+    if any(given[name] is not None for name in ("input_splits", "output_splits", "plan")):
+        return False
+    length = tensor(given["x"]).shape[given["scatter_dim"]]
+    return given["scatter_dim"] == given["gather_dim"] and known_equal(given["out_size"], length)
 
 
 class Plan(NamedTuple):
-    """The exchange to make instead: of ``source`` permuted and split into ``dims``, along two of them."""
+    """The exchange to make instead: of ``source`` permuted and split into ``dims``, along two of them.
+
+    ``even``: of equal parts on every rank; else the splits and sizes stay those of the call.
+    """
 
     dims: Dims
     order: list[int] | None
     scatter_dim: int
     gather_dim: int
     target: Node
+    even: bool
 
 
-def split_tensors(graph: Graph, exchange: Exchange) -> tuple[Any, Any] | None:
-    """The splits as (R,) int64 tensors, or None where they are even."""
-    if exchange.even or exchange.plan is not None or isinstance(exchange.input_splits, Node):
+def split_tensors(graph: Graph, exchange: Exchange, even: bool) -> tuple[Any, Any] | None:
+    """The splits as (R,) int64 tensors, or None where they are ``even`` on every rank; None at all where they cannot be had."""
+    if not exchange.torchs:
         return exchange.input_splits, exchange.output_splits
-    if op_name(exchange.node) == "all_to_all":
-        return exchange.input_splits, exchange.output_splits
+    if even:
+        return None, None
     made = []
     for splits in (exchange.input_splits, exchange.output_splits):
         with graph.inserting_before(exchange.node):
@@ -121,7 +137,8 @@ def _read_from(splits: list[Any]) -> Node | None:
     return found if right else None
 
 
-def write_exchange(graph: Graph, exchange: Exchange, source: Node, plan: Plan, splits: tuple[Any, Any]) -> None:
+def write_exchange(graph: Graph, exchange: Exchange, source: Node, plan: Plan, splits: tuple[Any, Any]) -> Node:
+    """Put the exchange of a plan in the place of one and of what is around it; returns its node."""
     node, target = exchange.node, plan.target
     with graph.inserting_before(node):
         x = source
@@ -130,7 +147,7 @@ def write_exchange(graph: Graph, exchange: Exchange, source: Node, plan: Plan, s
         if len(plan.dims) != tensor(x).dim():
             x = call(graph, aten.reshape.default, (x, _sizes(graph, x, plan.dims)), like=node)
         ranks, scatter, gather = exchange.ep_size, plan.scatter_dim, plan.gather_dim
-        if exchange.even:
+        if plan.even:
             out = _times(graph, size(graph, x, gather), 1 if gather == scatter else ranks, node)
             share = out if gather == scatter else _share(graph, size(graph, x, scatter), ranks, node)
         else:
@@ -146,9 +163,11 @@ def write_exchange(graph: Graph, exchange: Exchange, source: Node, plan: Plan, s
         same = same_shape(tensor(rows).shape, tensor(target).shape)
         last = rows if same else call(graph, aten.reshape.default, (rows, shape), like=node)
     target.replace_all_uses_with(last)
-    for status in results(node, 2) if op_name(node) == "all_to_all" else []:
-        status.replace_input_with(node, made)
+    # What is counted is along the gathered dim, which keeps its pieces unless it is cut.
+    for other in [item for index in (1, 2) for item in results(node, index)] if not exchange.torchs else []:
+        other.replace_input_with(node, made)
     _remove_chain(graph, target, exchange)
+    return made
 
 
 def _remove_chain(graph: Graph, last: Node, exchange: Exchange) -> None:
@@ -188,7 +207,7 @@ def _share(graph: Graph, length: Any, ranks: int, like: Node) -> Any:
 
 
 def _ragged_out(graph: Graph, exchange: Exchange) -> Any:
-    if op_name(exchange.node) == "all_to_all":
+    if not exchange.torchs:
         return arguments(exchange.node)["out_size"]
     splits = list(exchange.output_splits)
     if all(isinstance(item, int) for item in splits):

@@ -34,8 +34,10 @@ def fuse_transpose(graph: Graph) -> int:
         x.transpose(0, 1).reshape(-1, H) -> router -> dispatch … combine -> view(B, S, H).transpose(0, 1)
             -> x.view(-1, H) -> router -> dispatch … combine -> view(S, B, H)
 
-    **Requires**: even splits, or splits along dimensions that stay whole; axes that can be followed atom by atom from
-    the tensor before the transposes to the one behind them; nobody else who sees what lies between; fewer copies than before.
+    **Requires**: parts that are even on every rank, because a reshape cut them out as R, axes that can be followed atom by atom
+    from the tensor before the transposes to the one behind them, and fewer copies than before; or dimensions that stay whole
+    (sizes and splits may then differ from rank to rank, and none of them decides anything; torch's own collective of such parts
+    stays on CUDA, where ours would pad them).  Nobody else who sees what lies between.
     Of a dispatch: everything between the transposition and the one back is known to treat tokens alike (`token_axes`), nothing
     else sees the received rows, and there is room for the worst case: which rows a smaller ``capacity`` drops depends on their
     order.
@@ -50,9 +52,10 @@ def fuse_transpose(graph: Graph) -> int:
     pieces.join_pieces(graph)
     count = token_order.untranspose(graph)
     for node in list(graph.nodes):
-        exchange = read_exchange(node)
-        if exchange is not None:
-            count += _fuse(graph, exchange)
+        fused, made = 0, _fuse(graph, node)
+        while made is not None:  # what is left around it may be of dims that stay whole
+            fused, made = 1, _fuse(graph, made)
+        count += fused
     return count
 
 
@@ -82,26 +85,36 @@ def _moves_axes(node: Any) -> bool:
 # ---- the rewrite -------------------------------------------------------------------------------------------------------
 
 
-def _fuse(graph: Graph, exchange: Exchange) -> int:
+def _fuse(graph: Graph, node: Node) -> Node | None:
+    """The exchange in place of a node and of what is around it; None where it stays as it is."""
+    exchange = read_exchange(node)
+    if exchange is None:
+        return None
     source, before = _chain_before(exchange)
     after = _chain_after(exchange)
     if not before and not after:
-        return 0
-    if exchange.even or exchange.scatter_dim == exchange.gather_dim:
-        plan = _best_plan(exchange, source, before, after)
-    else:
-        source, plan = _ragged_plan(exchange, source, before, after)
+        return None
+    plan = _best_plan(exchange, source, before, after) if exchange.even else None
+    if plan is not None and exchange.counted:
+        declined(RULE, exchange.node, "its counts are used, and they are of the dim that it gathers")
+        plan = None
     if plan is None:
-        return 0
+        source, plan = _whole_dims_plan(exchange, source, before, after)
+    if plan is None:
+        return None
+    if not plan.even and exchange.torchs and tensor(source).device.type != "cpu":
+        declined(
+            RULE, exchange.node, "its parts may differ from rank to rank, and over nccl all would be padded to one size"
+        )
+        return None
     if not nothing_written_between(source, exchange.node) or not nothing_written_between(exchange.node, plan.target):
         declined(RULE, exchange.node, "memory is written in place between it and the transposes around it")
-        return 0
-    splits = split_tensors(graph, exchange)
+        return None
+    splits = split_tensors(graph, exchange, plan.even)
     if splits is None:
         declined(RULE, exchange.node, "its splits are neither numbers nor the entries of one tensor")
-        return 0
-    write_exchange(graph, exchange, source, plan, splits)
-    return 1
+        return None
+    return write_exchange(graph, exchange, source, plan, splits)
 
 
 def _best_plan(exchange: Exchange, source: Node, before: list[Node], after: list[Node]) -> Plan | None:
@@ -118,10 +131,14 @@ def _best_plan(exchange: Exchange, source: Node, before: list[Node], after: list
     return next((plan for plan in plans if plan.order is None), plans[0] if plans else None)
 
 
-def _ragged_plan(exchange: Exchange, source: Node, before: list[Node], after: list[Node]) -> tuple[Node, Plan | None]:
-    """Ragged splits of one dim gathered along another: permutes and copies next to the exchange, of dims that stay whole.
+def _whole_dims_plan(
+    exchange: Exchange, source: Node, before: list[Node], after: list[Node]
+) -> tuple[Node, Plan | None]:
+    """Permutes and copies next to the exchange, of dims that stay whole; also the tensor in front of them.
 
-    Also the tensor in front of them.  A view further away does not matter.
+    Sizes and splits may differ from rank to rank here, and all ranks have to come to the same exchange.  So which dims it has is
+    decided by none of them, nor by whether there is a copy: of a transposed dim of size 1 there is none on this rank, and there may
+    be on others.
     """
     while before and not all(map(_keeps_dims, before)):
         source, before = before[0], before[1:]
@@ -132,16 +149,20 @@ def _ragged_plan(exchange: Exchange, source: Node, before: list[Node], after: li
         target, kept = node, [*kept, node]
     rank = tensor(source).dim()
     first, last = axes.permuted_by(before, rank), axes.permuted_by(kept, rank)
-    saves = _copies(exchange.source, source) or _copies(target, exchange.result)
-    if first is None or last is None or not saves:
+    plain = list(range(rank))
+    if first is None or last is None:
+        return source, None
+    # With nothing behind it, ours keeps its dims: then a copy in front is all that there is to save.
+    if last == plain and (first == plain if exchange.torchs else not any(node.target in COPIES for node in before)):
         return source, None
     order = [first[place] for place in last]
     plan = Plan(
         axes.of_shape(tensor(source).shape),
-        order if order != list(range(rank)) else None,
+        order if order != plain else None,
         last.index(exchange.scatter_dim),
         last.index(exchange.gather_dim),
         target,
+        even=False,
     )
     return source, plan
 
@@ -151,27 +172,21 @@ class Unfollowed(Exception):
 
 
 def _plan(exchange: Exchange, source: Node, before: list[Node], after: list[Node]) -> Plan | None:
-    """What to do instead; None where that would save nothing."""
+    """What to do instead, of parts that are equal on every rank; None where that would save nothing."""
     dims = axes.of_shape(tensor(source).shape)
-    if not exchange.even and not _mark_ragged(exchange, source, before, dims):
-        raise Unfollowed
+    own = [atom for dim in dims for atom in dim]
     current = dims
     for node in before:
         current = _follow(node, current)
-    scattered = _scattered_atom(exchange, current)
+    scattered = _scattered_atom(exchange, current, own)
     if scattered is None:
         raise Unfollowed
     gathered = Atom(exchange.ep_size, whole=True)
     came = [[atom for atom in dim if atom is not scattered] for dim in axes.resolved(current)]
     came[exchange.gather_dim] = [gathered, *came[exchange.gather_dim]]
-    if exchange.even:
-        gathered.whole = False
+    gathered.whole = False
     result = came
-    if not exchange.even:
-        gathered.size = tensor(exchange.result).shape[exchange.gather_dim]
     for node in after:
-        if not exchange.even and not _keeps_dims(node):
-            raise Unfollowed
         result = _follow(node, result)
     if gathered.parts is not None:
         raise Unfollowed
@@ -187,39 +202,20 @@ def _follow(node: Node, dims: Dims) -> Dims:
     return found
 
 
-def _mark_ragged(exchange: Exchange, source: Node, before: list[Node], dims: Dims) -> bool:
-    """Find the one dim that splits lie along; it must stay whole, so no view may touch it.  Sizes may differ from rank to
-    rank here, so nothing may depend on them."""
-    if exchange.scatter_dim != exchange.gather_dim or not all(map(_keeps_dims, before)):
-        return False
-    place = exchange.scatter_dim
-    for node in reversed(before):
-        if node.target in PERMUTES:
-            order = axes.permutation(node, len(dims))
-            if order is None:
-                return False
-            place = order[place]
-    dims[place] = [Atom(tensor(source).shape[place], whole=True)]
-    return True
-
-
 def _keeps_dims(node: Node) -> bool:
     return node.target in PERMUTES or node.target in COPIES
 
 
-def _scattered_atom(exchange: Exchange, dims: Dims) -> Atom | None:
-    """What the ranks divide between them: the outermost stretch of R of the dim that is scattered."""
+def _scattered_atom(exchange: Exchange, dims: Dims, own: list[Atom]) -> Atom | None:
+    """What the ranks divide between them: the outermost stretch of the dim that is scattered, of just R.
+
+    One that a reshape cut out as R, so that it is R on every rank.  That a size of the source, or how many tokens there are, can be
+    divided by R says nothing of the other ranks, whose splits may be uneven.
+    """
     dim = axes.resolved(dims)[exchange.scatter_dim]
-    if not exchange.even:
-        return dim[0] if len(dim) == 1 and dim[0].whole else None
-    if exchange.ep_size == 1 or not dim:
+    if exchange.ep_size == 1 or not dim or not known_equal(dim[0].size, exchange.ep_size):
         return None
-    first = dim[0]
-    if known_equal(first.size, exchange.ep_size):
-        return first
-    if first.split(exchange.ep_size):
-        return first.parts[0]  # type: ignore[index]
-    return None
+    return None if any(dim[0] is atom for atom in own) else dim[0]
 
 
 def _choose(
@@ -263,11 +259,9 @@ def _choose(
         gather = next(place for place, dim in enumerate(boundaries) if follower in dim)
     split = len(boundaries) != len(dims)
     shapes = [tensor(target).shape, *([tensor(source).shape] if split else [])]
-    if (not exchange.even and gather != scatter) or any(
-        sum(not isinstance(s, int) for s in shape) > 1 for shape in shapes
-    ):
+    if any(sum(not isinstance(s, int) for s in shape) > 1 for shape in shapes):
         return None
-    return Plan(boundaries, order, scatter, gather, target)
+    return Plan(boundaries, order, scatter, gather, target, even=True)
 
 
 def _copies(end: Node, start: Node) -> bool:

@@ -55,6 +55,10 @@ class Call(NamedTuple):
     capacity: int = 0
     lane: int = 0
 
+    def words(self) -> list[int]:
+        """What ranks compare, as the header has it from word 2 on."""
+        return [OPCODES.index(self.op), *self[1:]]
+
     def header(
         self, sequence: int, bits: int, counts: list[int], sizes: list[tuple[int, int]] | None = None
     ) -> torch.Tensor:
@@ -62,7 +66,7 @@ class Call(NamedTuple):
 
         Words: 0 magic · 1 sequence · 2 op · 3 … 11 settings · 12 rows that follow · 13 status bits · 14, 15 ``sizes``.
         """
-        fixed = [HEADER_MAGIC, sequence, OPCODES.index(self.op), *self[1:]]
+        fixed = [HEADER_MAGIC, sequence, *self.words()]
         pairs = sizes or [(0, 0)] * len(counts)
         return torch.tensor(
             [[*fixed, n, bits, *pair] for n, pair in zip(counts, pairs, strict=True)], dtype=torch.int64
@@ -80,6 +84,16 @@ def differences(mine: list[int], theirs: list[int]) -> str | None:
                 return f"op: expected {OPCODES[expected]} as here, got {_opcode(got)} there"
             return f"{name}: expected {expected} as here, got {got} there"
     return None
+
+
+def describe(word: int, mine: list[int], theirs: list[int]) -> tuple[str, str, str]:
+    """Name and both values, as text, of one of `Call.words`, or of the bytes of a part, which follow them."""
+    if word == 0:
+        return "op", _opcode(mine[word]), _opcode(theirs[word])
+    name = {place - 2: name for place, name in COMPARED}.get(word, "x, the bytes for each rank")
+    if name == "bytes a row" and _opcode(mine[0]) in ("all_to_all", "plan_all_to_all"):
+        name = "x, the bytes for each rank"  # these have no rows of one width: a part is one
+    return name, str(mine[word]), str(theirs[word])
 
 
 def _opcode(code: int) -> str:

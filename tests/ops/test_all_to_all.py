@@ -130,6 +130,27 @@ def test_splits_that_disagree_are_raised_and_never_taken_for_rows() -> None:
     assert "PeerError" in said and "DisagreementError" in said_too and "ranks disagree" in said_too
 
 
+def pieces_of_other_lengths(rank: int, size: int) -> None:
+    """Equal parts of x, whose length differs from rank to rank: each gradient goes back to its element."""
+    with epops.ExpertGroup(None, "ep") as group:
+        x = (torch.arange(4.0 * (rank + 1)).view(-1, 2) + 100 * rank).requires_grad_()
+        got = epops.all_to_all(x, group=group, out_size=5)
+        (grad,) = torch.autograd.grad((got.rows.cumsum(0) * got.rows).sum(), x)
+        lengths = [rank + 1 for rank in range(size)]
+        back = epops.all_to_all(grad.detach(), torch.tensor([lengths[rank]] * size), group=group, out_size=5)
+        rows = got.rows.detach().requires_grad_()
+        (expected,) = torch.autograd.grad((rows.cumsum(0) * rows).sum(), rows)
+        assert torch.equal(back.rows[: sum(lengths)], expected[: sum(lengths)])
+        heads = (torch.arange(4.0 * (rank + 1)).view(4, -1) + 100 * rank).requires_grad_()
+        got = epops.all_to_all(heads, group=group, scatter_dim=0, gather_dim=1, out_size=5)
+        (grad,) = torch.autograd.grad(got.rows.square().sum(), heads)
+        assert torch.equal(grad, 2 * heads), "each element came once, whatever its rank's length"
+
+
+def test_gradients_of_pieces_whose_lengths_differ() -> None:
+    run_ranks(pieces_of_other_lengths, 2)
+
+
 def overflow(rank: int, size: int) -> None:
     with epops.ExpertGroup(None, "ep", overflow="count") as group:
         got = epops.all_to_all(torch.arange(6.0), torch.tensor([3, 3]), group=group, out_size=4)
@@ -139,6 +160,26 @@ def overflow(rank: int, size: int) -> None:
 
 def test_pieces_without_room_are_counted() -> None:
     run_ranks(overflow, 2)
+
+
+@pytest.mark.parametrize("how", ["splits", "both", "plan"])
+def test_the_gradient_of_what_was_dropped_is_refused_with_what_to_do(how: str) -> None:
+    """x of the backward is the gradient of what had room: the message speaks of out_size, not of x alone."""
+    x, splits = torch.ones(4, 2, requires_grad=True), torch.tensor([4])
+    with epops.ExpertGroup(None, "ep", overflow="count") as group:
+        given = {"input_splits": splits, "output_splits": splits if how == "both" else None}
+        if how == "plan":
+            given = {"plan": epops.plan_all_to_all(splits, group=group).plan}
+        got = epops.all_to_all(x, **given, group=group, out_size=3)
+        with pytest.raises(ValueError) as raised:
+            got.rows.sum().backward()
+    said = str(raised.value)
+    assert (
+        said.startswith(f"epops.all_to_all: {'plan' if how == 'plan' else 'input_splits'}: expected ")
+        and ", got " in said
+    )
+    assert "its out_size had no room for (overflow='count')" in said
+    assert "give that call an out_size with room for them" in said
 
 
 @pytest.mark.parametrize(

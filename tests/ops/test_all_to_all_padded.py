@@ -144,3 +144,103 @@ def test_hostile_splits_are_reported_and_no_row_is_taken_for_another() -> None:
     assert first[0] & third[0] & STATUS_DISAGREE, "negative and enormous splits are not what peers expect"
     assert second[1] & STATUS_DISAGREE and first[2] & STATUS_DISAGREE and second[3] & STATUS_OVERFLOW
     assert first[3] == third[3] == 0
+
+
+def dropped_gradient(rank: int, size: int) -> list[list[float]]:
+    """Gradients of x where each rank sends 2 rows to each, and there is room for 3 of the 2 * size that come."""
+    gradients = []
+    for how in ("splits", "both", "plan"):
+        group = padded_group(f"padded {how}")
+        group.overflow = "count"
+        x, splits = torch.ones(2 * size, 3, requires_grad=True), torch.full((size,), 2)
+        given = {"input_splits": splits, "output_splits": splits if how == "both" else None}
+        if how == "plan":
+            given = {"plan": epops.plan_all_to_all(splits, group=group).plan}
+        got = epops.all_to_all(x, **given, group=group, out_size=3)
+        assert int(got.status[2]) == 2 * size - 3
+        (got.rows * torch.tensor([[2.0], [3.0], [5.0]])).sum().backward()
+        gradients.append(x.grad[:, 0].tolist())
+        group.close()
+    assert gradients[0] == gradients[1] == gradients[2]
+    return gradients[0]
+
+
+def test_what_was_dropped_has_no_gradient() -> None:
+    """Rank 0's rows come first and find room everywhere; of rank 1's one does; never the gradient of another row."""
+    first, second, third = run_ranks(dropped_gradient, 3, timeout=60)
+    assert (first, second, third) == ([2.0, 3.0] * 3, [5.0, 0.0] * 3, [0.0, 0.0] * 3)
+
+
+def sizes_differ(rank: int, size: int) -> list[str]:
+    """What a rank is told about calls whose sizes are not those of the others; the group goes on after each."""
+    group = padded_group()
+    odd = rank == size - 1
+    asked = []
+    ask = group.host_all_gather
+    group.host_all_gather = lambda values: asked.append(1) or ask(values)
+    rows, heads = torch.ones(2 * size + (size if odd else 0), 4), torch.ones(size, 6, 3 if odd else 2)
+    splits = torch.ones(size, dtype=torch.int64)
+    calls = [
+        lambda: epops.all_to_all(rows, group=group),
+        lambda: epops.all_to_all(rows, splits, splits, group=group, out_size=size),
+        lambda: epops.all_to_all(heads, group=group, scatter_dim=0, gather_dim=2),
+        lambda: epops.all_to_all(torch.ones(size, 1, size), group=group, scatter_dim=2 * odd, gather_dim=2 * odd),
+        lambda: epops.all_reduce(rows, group=group) if odd else epops.all_to_all(torch.ones(size, 7), group=group),
+    ]
+    said = []
+    for one in calls:
+        try:
+            one()
+            said.append("nothing")
+        except epops.DisagreementError as error:
+            said.append(str(error))
+        got = epops.all_to_all(torch.full((size, 11), rank + 1.0), group=group)
+        assert [int(row[0]) for row in got.rows] == list(range(1, size + 1))
+    assert len(asked) == len(calls) + 1, "sizes are compared once, when a rank first has them"
+    group.close()
+    return said
+
+
+@pytest.mark.parametrize("size", (2, 3))
+def test_ranks_with_other_sizes_are_named_before_anything_moves(size: int) -> None:
+    everyone = run_ranks(sizes_differ, size, timeout=60)
+    for rank, (even, ragged, heads, dims, ops) in enumerate(everyone):
+        assert all(said.startswith("epops.all_") and "pad to the largest" in said for said in everyone[rank])
+        assert "x, the bytes for each rank: expected " in even and "as on rank" in even and "got " in even
+        assert "x, the bytes for each rank" in ragged and "x, the bytes for each rank" in heads
+        assert "layout: expected " in dims and "op: expected " in ops
+    assert f"expected {2 * size * 16} on every rank" in everyone[0][0]
+    assert f"got {3 * size * 16} on rank {size - 1}" in everyone[0][0]
+
+
+def nobody_asks(rank: int, size: int) -> str:
+    """Rank 1 has new sizes where rank 0 repeats a call that it knows: rank 1 is told, within the group's timeout."""
+    group = epops.ExpertGroup(name="padded", timeout=2.0)
+    group.transport = Padded(group)
+    group.record_on_device = lambda status: None
+    try:
+        epops.all_to_all(torch.ones(2, 2), group=group)
+        if rank == 1:
+            epops.all_to_all(torch.ones(2, 3), group=group)
+        said = "nothing"
+    except epops.PeerError as error:
+        said = str(error)
+    group.close(raise_errors=False)
+    return said
+
+
+def test_a_rank_alone_with_new_sizes_does_not_wait_for_ever() -> None:
+    said = run_ranks(nobody_asks, 2, timeout=60, fresh=True)
+    assert said[0] == "nothing"
+    assert "epops.all_to_all: rank 1" in said[1] and "for the first time with 24 bytes" in said[1]
+
+
+def test_a_capture_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a capture a call that ran before is found; another is refused with what to do."""
+    with padded_group() as group:
+        monkeypatch.setattr(Padded, "swap_padded", lambda self, buffer: buffer)
+        epops.all_to_all(torch.ones(2, 2), group=group)
+        monkeypatch.setattr("epops.ops.exchange.is_capturing", lambda: True)
+        epops.all_to_all(torch.ones(2, 2), group=group)
+        with pytest.raises(epops.GroupError, match="all_to_all.*run one step with the same sizes before capturing"):
+            epops.all_to_all(torch.ones(2, 3), group=group)

@@ -39,6 +39,7 @@ def _all_to_all(given: list[Any]) -> list[Any]:
         x, splits = args[0], args[1] if len(args) > 1 else None
         dim = settings.get("scatter_dim", 0)
         pieces.append(list(x.split([x.shape[dim] // size] * size if splits is None else splits.tolist(), dim)))
+    dims = [given[0][1].get(name, 0) for name in ("scatter_dim", "gather_dim")]
     rows = [
         torch.cat([pieces[source][rank] for source in range(size)], given[rank][1].get("gather_dim", 0))
         for rank in range(size)
@@ -46,7 +47,8 @@ def _all_to_all(given: list[Any]) -> list[Any]:
     for got, (_, settings) in zip(rows, given):
         assert got.shape[settings.get("gather_dim", 0)] == settings["out_size"]
         assert got.shape[settings.get("scatter_dim", 0)] == settings["scatter_size"]
-    return [(got, None, None) for got in rows]
+    sent = [[pieces[source][rank].shape[dims[1]] for source in range(size)] for rank in range(size)]
+    return [(got, torch.tensor(counts), None) for got, counts in zip(rows, sent)]
 
 
 EXCHANGES = {

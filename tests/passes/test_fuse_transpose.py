@@ -148,9 +148,9 @@ return [%mul]""",
             normalized_graph(passed(transposed_for_attention, 2, 3, 8, 5)),
             """\
 %input: i64[2, 3, 8, 5] = input
-%all_to_all: rows i64[2, 6, 4, 5] = epops.all_to_all(%input, group=ep, out_size=6, scatter_size=4, scatter_dim=2, gather_dim=1)
-%transpose: i64[2, 4, 6, 5] = transpose(%all_to_all.rows, 1, 2)
-%mul: i64[2, 4, 6, 5] = mul(%transpose, 1)
+%permute: i64[2, 8, 3, 5] = permute(%input, [0, 2, 1, 3])
+%all_to_all: rows i64[2, 4, 6, 5] = epops.all_to_all(%permute, group=ep, out_size=6, scatter_size=4, scatter_dim=1, gather_dim=2)
+%mul: i64[2, 4, 6, 5] = mul(%all_to_all.rows, 1)
 return [%mul]""",
         )
 
@@ -159,10 +159,8 @@ return [%mul]""",
             normalized_graph(passed(dims_of_epops, 3, 4, 5)),
             """\
 %input: i64[3, 4, 5] = input
-%reshape: i64[3, 2, 2, 5] = reshape(%input, [3, 2, 2, 5])
-%all_to_all: rows i64[3, 2, 2, 5], status i32[8] = epops.all_to_all(%reshape, group=ep, out_size=2, scatter_size=2, scatter_dim=1, gather_dim=1)
-%reshape.1: i64[3, 4, 5] = reshape(%all_to_all.rows, [3, 4, 5])
-%mul: i64[3, 4, 5] = mul(%reshape.1, 1)
+%all_to_all: rows i64[3, 4, 5], counts i64[2], status i32[8] = epops.all_to_all(%input, group=ep, out_size=4, scatter_size=4, scatter_dim=1, gather_dim=1)
+%mul: i64[3, 4, 5] = mul(%all_to_all.rows, 1)
 return [%mul]""",
         )
 
@@ -317,12 +315,25 @@ def test_leaves_alone(program):
     assert normalized_graph(graph.before) == normalized_graph(graph.after)
 
 
-@pytest.mark.parametrize("program", [counts_used, seen_in_between], ids=lambda program: program.__name__)
-def test_what_others_see_stays(program):
-    module = make_fx(lambda x: (program(x),), tracing_mode="fake")(numbered(3, 4, 5))
+def counts_used_where_pieces_are_cut(x):
+    sent = epops.all_to_all(x.view(3, RANKS, -1).permute(1, 0, 2).contiguous(), group="ep")
+    return sent.rows.permute(1, 0, 2).flatten(1) * sent.counts[0]
+
+
+def test_what_others_see_stays():
+    module = make_fx(lambda x: (seen_in_between(x),), tracing_mode="fake")(numbered(3, 4, 5))
     graph = apply_passes(module, [fuse_transpose], "inference")
-    assert count_ops(graph, "permute") == 2
-    assert count_ops(graph, "clone") == (1 if program is counts_used else 0)
+    assert count_ops(graph, "permute") == 2 and count_ops(graph, "clone") == 0
+
+
+@pytest.mark.parametrize("program", [counts_used, counts_used_where_pieces_are_cut], ids=lambda one: one.__name__)
+def test_counts_stay_those_of_the_gathered_dim(program):
+    """Whole dims keep their pieces; parts that are cut out of a dim and merged again would be counted otherwise."""
+    graph = passed(program, *((3, 4, 5) if program is counts_used else (3, 8)))
+    assert graph.rewrites == {"fuse_transpose": 1}
+    assert count_ops(graph, "clone") == 0
+    cut = program is counts_used_where_pieces_are_cut
+    assert any("its counts are used" in one.reason for one in graph.declined) == cut
 
 
 def test_another_process_group_is_left_alone():

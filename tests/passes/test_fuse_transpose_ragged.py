@@ -95,7 +95,7 @@ def every_order(rank, size):
 
 @pytest.mark.parametrize("size", (2, 3))
 def test_any_order_in_front_and_behind_gives_the_same_numbers(size):
-    assert run_ranks(every_order, size) == [6] * size
+    assert run_ranks(every_order, size) == [12] * size, "there and back in each order"
 
 
 def merged_behind(x, tokens, heads):
@@ -115,12 +115,13 @@ def only_views(x, tokens, heads):
     return epops.all_to_all(x.permute(1, 0, 2), plan=plan, group="ep", **settings).rows.permute(2, 0, 1) * 1
 
 
-@pytest.mark.parametrize(("program", "count"), [(merged_behind, 1), (a_view_in_front, 1), (only_views, 0)])
-def test_views_of_other_dims_stay_outside(program, count):
+@pytest.mark.parametrize("program", [merged_behind, a_view_in_front, only_views])
+def test_views_of_other_dims_stay_outside(program):
+    """Permutes behind the exchange fold where they are only views too: a rank with one token sees no copy where others do."""
     shape = (HEADS * TOKENS, WIDTH) if program is a_view_in_front else (HEADS, TOKENS, WIDTH)
     x = torch.randn(shape)
     with epops.ExpertGroup(name="ep"):
         graphs, got = capture(program, x, torch.tensor([5]), torch.tensor([4]), passes=[fuse_transpose], run=True)
         assert torch.equal(got, program(x, torch.tensor([5]), torch.tensor([4])))
-    assert graphs[0].rewrites == {"fuse_transpose": count}
+    assert graphs[0].rewrites == {"fuse_transpose": 1}
     assert count_ops(graphs[0], "clone") == 0

@@ -13,6 +13,7 @@ from expecttest import TestCase
 
 import epops
 from epops.inspection.page import for_script, page
+from epops.inspection.report import summary_lines
 from epops.inspection.wire import overlaps, wire_bytes
 from epops.passes.fuse_add import fuse_add
 from epops.passes.fuse_quant import fuse_quant
@@ -43,17 +44,18 @@ class Golden(TestCase):
             """\
 joint graph
   rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 1, skip_padding 0
+  bytes that leave a rank, at most: 0 before, 0 after
   what runs are its two parts, the forward and the backward graph
 
 forward graph
-  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 0, overlap 1, skip_padding 0, keep_order 0
-  bytes that leave a rank, at most: 0 before, 0 after
+  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 0, overlap 1, keep_order 0
+  bytes that leave a rank, at most: 0 after the joint graph's rewrites, 0 after all
   %dispatch_start runs beside %mm
   overlap left %combine alone: no product beside it is independent of it
 
 backward graph
   rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 0, overlap 2, skip_padding 0, keep_order 0
-  bytes that leave a rank, at most: 0 before, 0 after
+  bytes that leave a rank, at most: 0 after the joint graph's rewrites, 0 after all
   %combine_backward_start runs beside %mm, %mm.1
   %dispatch_backward_start runs beside %grouped_mm_backward_weight""",
         )
@@ -97,6 +99,42 @@ after:
   %combine: out f32[5, 16] = epops.combine(%grouped_mm, %dispatch_wait.route, %dispatch_wait.row_weights, %relu, group=ep, layout=expert, out_dtype=f32)
   return [%combine.out]""",
             )
+
+
+def test_before_of_a_training_graph_is_not_what_the_program_wrote_and_says_so():
+    """The addition that the joint graph's pass folded is in the joint graph's before only."""
+    shown = epops.inspect(block, training())
+    text = str(shown)
+    parts = [part.split(":\n", 1) for part in text.split("\n\n") if ":\n" in part]
+    bodies = {}
+    for head, body in parts:
+        bodies.setdefault(head, []).append(body)
+    (written,), (left,) = bodies["before any pass"], bodies["after the passes over the joint graph"]
+    forward, backward = bodies["before its own passes, after the joint graph's rewrites"]
+    assert "= add(%combine.out" in written and "= add(%combine.out" not in left + forward + backward
+    assert "before" not in bodies, "no graph of a training step is called plainly that"
+    with torch.no_grad():
+        assert "\nbefore:\n" in str(epops.inspect(block, blocks.inputs()))
+
+
+def test_bytes_that_the_joint_graph_saves_are_shown_there():
+    """8 tokens of at most 1 other rank: 256 channels of 2 bytes as written, of 1 byte and a scale of 4 from then on."""
+
+    def quantized(given):
+        sent = torch.ops.epops.dispatch.default(
+            given["x"].detach(), given["idx"], given["weights"].detach(),
+            group="ep", num_experts=3, num_slots=2, ep_size=2, max_tokens=8, capacity=32, layout="expert", alignment=1,
+        )  # fmt: skip
+        q, scales = quantizers.per_token(sent[0])
+        return q.float() * scales * given["shared"][0]
+
+    given = {name: item.requires_grad_(item.is_floating_point()) for name, item in
+             blocks.inputs(hidden=256, dtype=torch.bfloat16).items()}  # fmt: skip
+    joint, forward, _ = epops.inspect(quantized, given, options={"passes": ["fuse_quant"]}).graphs
+    assert (joint.rewrites["fuse_quant"], forward.rewrites["fuse_quant"]) == (1, 0)
+    assert f"  bytes that leave a rank, at most: {8 * 512} before, {8 * 260} after" in summary_lines(joint)
+    said = f"  bytes that leave a rank, at most: {8 * 260} after the joint graph's rewrites, {8 * 260} after all"
+    assert said in summary_lines(forward)
 
 
 def test_the_text_is_the_same_on_every_run():
@@ -187,7 +225,9 @@ def test_the_page_in_a_browser(tmp_path):
       const say = (key, value) => document.body.setAttribute("data-" + key, value);
       const boxes = side => [...document.querySelectorAll(`#${side} .node`)];
       say("joint", [...document.querySelectorAll("#after .marked")].map(box => box.dataset.name).join(" "));
+      say("headings", document.querySelector("h2#before-heading").textContent);
       document.querySelectorAll("#tabs button")[1].click();
+      say("divided", document.querySelector("h2#before-heading").textContent);
       say("before", boxes("before").length); say("after", boxes("after").length);
       say("marked", document.querySelectorAll("#after .marked").length);
       say("flights", document.querySelectorAll("#after .flight").length);
@@ -204,6 +244,10 @@ def test_the_page_in_a_browser(tmp_path):
     path.write_text(text.replace("</body>", probe), encoding="utf-8")
     seen = look_at(path, tmp_path)
     assert seen["ready"] == "yes" and "evil" not in seen
+    assert (seen["headings"], seen["divided"]) == (
+        "Before any pass",
+        "Before its own passes, after the joint graph's rewrites",
+    )
     assert (seen["before"], seen["after"], seen["flights"]) == ("4", "5", "1")
     assert "%combine" in seen["joint"].split(), "the combine took its addend in the joint graph"
     assert int(seen["marked"]) >= 2 and int(seen["lit"]) >= 2 and int(seen["all"]) > 5
