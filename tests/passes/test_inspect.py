@@ -48,7 +48,7 @@ joint graph
   what runs are its two parts, the forward and the backward graph
 
 forward graph
-  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 0, overlap 1, keep_order 0
+  rewrites: fuse_transpose 0, fuse_quant 0, fuse_add 0, overlap 1, skip_padding 0, keep_order 0
   bytes that leave a rank, at most: 0 after the joint graph's rewrites, 0 after all
   %dispatch_start runs beside %mm
   overlap left %combine alone: no product beside it is independent of it
