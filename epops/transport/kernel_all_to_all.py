@@ -40,8 +40,8 @@ def dims_of(
 
     >>> dims_of((6, 4, 8), (32, 8, 1), (9, 4, 8), 0, 0)
     Dims(size=(192,), x_stride=(1,), out_stride=(1,), scatter_at=0, gather_at=0, scatter_unit=32, gather_unit=32)
-    >>> dims_of((6, 4, 8), (8, 48, 1), (3, 9, 8), 0, 1)  # the second dim outermost in memory
-    Dims(size=(6, 32), x_stride=(8, 1), out_stride=(72, 1), scatter_at=0, gather_at=1, scatter_unit=1, gather_unit=8)
+    >>> dims_of((6, 4, 8), (64, 8, 1), (3, 9, 8), 0, 1)  # every other four of eight rows
+    Dims(size=(6, 32), x_stride=(64, 1), out_stride=(72, 1), scatter_at=0, gather_at=1, scatter_unit=1, gather_unit=8)
     """
     out_strides = [1] * len(shape)
     for dim in reversed(range(len(shape) - 1)):
