@@ -57,7 +57,8 @@ struct Shared {
 
 __device__ __forceinline__ Peer* peers(Shared* s) { return reinterpret_cast<Peer*>(s + 1); }
 
-// ---- boxes: which places, and where byte i of a stream lies ----------------------------------------------------------
+// ---- boxes: which places, and where byte i of a stream lies
+// ----------------------------------------------------------
 
 // `along_s` and `along_g` steps of the two dims from `base`; of them the first `limit_s` and `limit_g` exist.
 __device__ __noinline__ void make_box(const AllToAllParams& p, const int64_t* stride, Box* box, uint64_t base,
@@ -220,7 +221,8 @@ __device__ __noinline__ void write_rest(const AllToAllParams& p, const int64_t* 
   }
 }
 
-// ---- copies: whole units first to last by the threads of a block, kDeep of them in flight a thread -------------------
+// ---- copies: whole units first to last by the threads of a block, kDeep of them in flight a thread
+// -------------------
 
 template <int kDeep, class Get, class Put>
 __device__ __forceinline__ void copy_units(uint32_t first, uint32_t last, Get get, Put put) {
@@ -284,8 +286,8 @@ __device__ __forceinline__ void write_box(const AllToAllParams& p, const int64_t
   const auto with = [&](auto step) {
     constexpr int kStep = decltype(step)::value;
     const uint32_t run = run_steps<kStep>(p, b);
-    copy_units<kStep == 16 ? 8 : 1>(
-        u.first, u.last, get, [&](uint32_t unit, uint4 v) { write_unit<kStep>(p, stride, b, run, unit, v); });
+    copy_units<kStep == 16 ? 8 : 1>(u.first, u.last, get,
+                                    [&](uint32_t unit, uint4 v) { write_unit<kStep>(p, stride, b, run, unit, v); });
   };
   switch (b.step) {
     case 16:
@@ -350,7 +352,8 @@ __device__ __noinline__ void clear_box(const AllToAllParams& p, const Box& b) {
   }
 }
 
-// ---- what goes where -------------------------------------------------------------------------------------------------
+// ---- what goes where
+// -------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ bool is_tagged(const AllToAllParams& p, uint64_t bytes) {
   return bytes <= static_cast<uint64_t>(p.ws.tagged_bytes);
@@ -596,7 +599,8 @@ __device__ __forceinline__ void lay_out_received(const AllToAllParams& p, Shared
   }
 }
 
-// ---- sending and receiving -------------------------------------------------------------------------------------------
+// ---- sending and receiving
+// -------------------------------------------------------------------------------------------
 
 // Two tagged words for 8 bytes, four for a unit.
 __device__ __forceinline__ void put_tagged(uint8_t* words, uint32_t unit, uint32_t epoch, uint4 v) {
@@ -766,8 +770,7 @@ __device__ __noinline__ void clear_all(const AllToAllParams& p) {
   }
 }
 
-__global__ void __launch_bounds__(kAllToAllThreads, 1)
-    all_to_all_kernel(const __grid_constant__ AllToAllParams p) {
+__global__ void __launch_bounds__(kAllToAllThreads, 1) all_to_all_kernel(const __grid_constant__ AllToAllParams p) {
   extern __shared__ __align__(16) uint8_t memory[];
   Shared* s = reinterpret_cast<Shared*>(memory);
   const int first_sender = gridDim.x - p.launch.num_senders;

@@ -29,8 +29,8 @@ __device__ __forceinline__ uint64_t* chunk_flag(const Workspace& ws, int owner, 
 }
 // Of the chunks that `owner` sent to `receiver`.
 __device__ __forceinline__ uint64_t* chunk_credit(const Workspace& ws, int owner, int parity, int receiver, int slot) {
-  return ring_words(ws, owner) +
-         (2ull * (ws.num_ranks - 1) + ring_pair(ws, owner, parity, receiver)) * ws.ring_slots + slot;
+  return ring_words(ws, owner) + (2ull * (ws.num_ranks - 1) + ring_pair(ws, owner, parity, receiver)) * ws.ring_slots +
+         slot;
 }
 __device__ __forceinline__ uint8_t* chunk_data(const Workspace& ws, int owner, int parity, int source, int slot) {
   uint8_t* data = reinterpret_cast<uint8_t*>(ring_words(ws, owner) + 4ull * (ws.num_ranks - 1) * ws.ring_slots);

@@ -67,9 +67,9 @@ class Tuning:
     limit_blocks: int = 0
     pdl: int = 1
     ring_bytes: int = 32 << 20
-    chunk_bytes: int = 2048
-    ring_senders: int = 48
-    whole_bytes: int = 2 << 20
+    chunk_bytes: int = 4096
+    ring_senders: int = 32
+    whole_bytes: int = 16 << 20
     extra: dict[str, Plan] = field(default_factory=dict)
 
     def beside(self) -> Tuning:

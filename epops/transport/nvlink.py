@@ -356,7 +356,7 @@ class NvlinkTransport:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Ranks tell one another one number each; with output_splits nothing is asked of the transport.
         sizes = {"out_size": self.size, "scatter_size": self.size, "scatter_dim": 0, "gather_dim": 0}
-        came, _, status = self.all_to_all(owner, input_splits, lane=a["lane"], **sizes)
+        came, _, status = self.all_to_all(owner, input_splits, lane=a.get("lane", 0), **sizes)
         return write_plan(input_splits, came), status
 
     def _check_values(self, op: str, name: str, tensor: torch.Tensor) -> None:
