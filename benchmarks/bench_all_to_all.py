@@ -1,12 +1,15 @@
 """Time of ragged all-to-alls that turn tokens into heads, beside torch's own with the transposes around it.
 
-    torchrun --nproc-per-node 2 benchmarks/bench_all_to_all.py --device cuda --out all_to_all.json
+    torchrun --nproc-per-node 2 benchmarks/bench_all_to_all.py --device cuda --out benchmarks/results/all_to_all.json
+    torchrun --nproc-per-node 2 benchmarks/bench_all_to_all.py --device cuda --vdev --out benchmarks/results/all_to_all.json
     torchrun --nproc-per-node 2 benchmarks/bench_all_to_all.py --sizes 16KiB      # gloo: that it runs, not how fast
 
-A rank has (tokens, heads, 64) numbers and sends each token to a rank, "even" or four times as many to rank 0 ("skewed").  Bytes
-are those that cross the wire to other ranks; the ceiling is torch's equal all_to_all_single of 256 MiB (of the largest size on
-CPU) in the same run.  ``--graphs`` times replays of CUDA graphs of what reads no split on the host.  Not yet run on GPUs: there is
-no measured result of it in this project, and torch's symmetric-memory exchange is not among the ways.
+A rank has (tokens, heads, 64) numbers and sends each token to a rank, "even" or four times as many to rank 0 ("4:1").  Bytes are
+those that cross the wire to other ranks, of the rank that sends most.  On CUDA, what reads no split on the host is timed in a
+CUDA graph of many calls; the median of the replays is divided by the calls, and the slowest rank counts.  The ceiling is the
+copy engines' both ways at once over peer-mapped memory (on CPU: torch's equal exchange of the largest size), in the same run.
+``--vdev`` adds torch's `symm_mem.all_to_all_vdev`, which needs NVSHMEM for all symmetric memory of its process, to a file that is
+there.  Beside the JSON file lie a table (.md) and, where matplotlib is installed, a plot (.png); ``--draw`` makes these again.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 import epops
+from epops.torch_private import symmetric_empty
 
 HEADS, WIDTH = 8, 64
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20}
@@ -106,16 +110,47 @@ def ways(
     yield "epops, splits on the device", lambda: epops.all_to_all(x, plan=plan, group=group, **settings).rows, True
 
 
-def milliseconds(call: Callable, device: torch.device, runs: int, graph: bool) -> float:
-    """Median time of one call, of the slowest rank."""
+def vdev(case: Case, x: torch.Tensor, splits: list[int], group: epops.ExpertGroup | None) -> Callable:
+    """torch's exchange with splits on the device; its input and output are symmetric memory."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    ranks, mine = dist.get_world_size(), splits[dist.get_rank()]
+    name = dist.group.WORLD.group_name
+    given = x.transpose(0, 1) if case.transposed else x
+    held = symmetric.empty(*given.shape, dtype=x.dtype, device=x.device)
+    held.copy_(given)
+    rows = symmetric.empty(max(splits) * ranks, *given.shape[1:], dtype=x.dtype, device=x.device)
+    sent = symmetric.empty(ranks, dtype=torch.int64, device=x.device)
+    sent.copy_(torch.tensor(splits))
+    came = symmetric.empty(2, ranks, dtype=torch.int64, device=x.device)
+    for tensor in (held, rows, sent, came):
+        symmetric.rendezvous(tensor, name)
+
+    def call() -> torch.Tensor:
+        if case.transposed:
+            held.copy_(x.transpose(0, 1))
+        torch.ops.symm_mem.all_to_all_vdev(held, rows, sent, came, name)
+        got = rows[: mine * ranks]
+        return got.unflatten(0, (ranks, -1)).transpose(1, 2).flatten(0, 1).contiguous() if case.transposed else got
+
+    return call
+
+
+def milliseconds(call: Callable, device: torch.device, runs: int, graph: bool, calls: int = 1) -> float:
+    """Median time of one call, of the slowest rank; on CUDA of ``calls`` in a row."""
     for _ in range(2):
         call()
-    replay = call
+
+    def several() -> None:
+        for _ in range(calls):
+            call()
+
+    replay, captured = several, None
     if graph:
         torch.cuda.synchronize()
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
-            call()
+            several()
         replay = captured.replay
     times = []
     for _ in range(runs):
@@ -123,31 +158,43 @@ def milliseconds(call: Callable, device: torch.device, runs: int, graph: bool) -
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
+            call()  # ranks leave the barrier microseconds apart; this brings them together
             begin.record()
             replay()
             end.record()
             torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
+            times.append(begin.elapsed_time(end) / calls)
         else:
             began = time.perf_counter()
             replay()
-            times.append(1e3 * (time.perf_counter() - began))
+            times.append(1e3 * (time.perf_counter() - began) / calls)
+    if captured is not None:
+        captured.reset()
     slowest = torch.tensor(statistics.median(times), device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return float(slowest)
 
 
-def measure(
-    case: Case, group: epops.ExpertGroup, device: torch.device, runs: int, graphs: bool
-) -> list[dict[str, Any]]:
-    """Every way of one case, checked against the first."""
-    dtype = torch.bfloat16
-    tokens = max(num_bytes(case.size) // (HEADS * WIDTH * dtype.itemsize), group.size)
+def inputs(case: Case, device: torch.device) -> tuple[torch.Tensor, list[int], int]:
+    """x, this rank's splits, and bytes on the wire."""
+    dtype, ranks = torch.bfloat16, dist.get_world_size()
+    tokens = max(num_bytes(case.size) // (HEADS * WIDTH * dtype.itemsize), ranks)
     shape = (HEADS, tokens, WIDTH) if case.transposed else (tokens, HEADS, WIDTH)
-    x = torch.randn(shape, device=device, dtype=dtype)
-    splits = splits_of(tokens, group.size, case.skewed)
-    mine = splits[group.rank]
+    splits = splits_of(tokens, ranks, case.skewed)
     wire = max(tokens - count for count in splits) * HEADS * WIDTH * dtype.itemsize
+    return torch.randn(shape, device=device, dtype=dtype), splits, wire
+
+
+def calls_in_a_row(case: Case, device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1
+    return 50 if num_bytes(case.size) <= 1 << 20 else 10 if num_bytes(case.size) <= 16 << 20 else 3
+
+
+def measure(case: Case, group: epops.ExpertGroup, device: torch.device, runs: int) -> list[dict[str, Any]]:
+    """Every way of one case, checked against the first."""
+    x, splits, wire = inputs(case, device)
+    mine = splits[group.rank]
     found, first = [], None
     for name, call, graphable in ways(case, x, splits, group):
         rows = call()
@@ -157,54 +204,160 @@ def measure(
             rows = rows[:, :mine] if case.transposed else rows[: mine * group.size]
         first = rows if first is None else first
         assert torch.equal(rows, first), f"{name} gives other rows"
-        graph = graphable and graphs and device.type == "cuda"
-        ms = milliseconds(call, device, runs, graph)
+        del rows
+        graph = graphable and device.type == "cuda"
+        ms = milliseconds(call, device, runs, graph, calls_in_a_row(case, device))
         found.append({**case._asdict(), "way": name, "graph": graph, "ms": ms, "gb_s": wire / ms / 1e6})
     return found
+
+
+def measure_vdev(case: Case, device: torch.device, runs: int) -> dict[str, Any]:
+    x, splits, wire = inputs(case, device)
+    call = vdev(case, x, splits, None)
+    ms = milliseconds(call, device, runs, True, calls_in_a_row(case, device))
+    return {
+        **case._asdict(),
+        "way": "torch, symm_mem.all_to_all_vdev",
+        "graph": True,
+        "ms": ms,
+        "gb_s": wire / ms / 1e6,
+    }
+
+
+def ceiling_of(device: torch.device, size: int, runs: int) -> float:
+    """GB/s a direction: copies to the next rank's memory, all ranks at once; on CPU torch's equal exchange."""
+    ranks = dist.get_world_size()
+    equal = torch.zeros(size // ranks * ranks, dtype=torch.uint8, device=device)
+    if device.type == "cpu":
+        into = torch.empty_like(equal)
+        return (
+            size
+            * (ranks - 1)
+            / ranks
+            / milliseconds(lambda: dist.all_to_all_single(into, equal), device, runs, False)
+            / 1e6
+        )
+    from torch.distributed import _symmetric_memory
+
+    mine = symmetric_empty(size, device)
+    handle = _symmetric_memory.rendezvous(mine, dist.group.WORLD.group_name)
+    theirs = handle.get_buffer((dist.get_rank() + 1) % ranks, (size,), torch.uint8)
+    return size / milliseconds(lambda: theirs.copy_(equal), device, runs, False, 4) / 1e6
+
+
+def nccl_memory(device: torch.device, size: int) -> int:
+    """Bytes of device memory that its first exchanges took, tensors not counted."""
+    torch.cuda.synchronize()
+    tensors = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    before, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+    dist.all_to_all_single(*tensors)
+    torch.cuda.synchronize()
+    return before - torch.cuda.mem_get_info(device)[0] - (torch.cuda.memory_reserved(device) - reserved)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", nargs="*", default=SIZES, help="bytes a rank has")
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--graphs", action="store_true", help="time CUDA graphs where they are possible")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--vdev", action="store_true", help="only torch's symmetric-memory exchange, added to --out")
+    parser.add_argument("--draw", action="store_true", help="only the table and the plot of --out")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args()
+    if options.draw:
+        report(json.loads(options.out.read_text()), options.out)
+        return
     device = torch.device("cpu")
     if options.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
-    with epops.ExpertGroup(name="bench") as group:
-        largest = "256MiB" if options.device == "cuda" else max(options.sizes, key=num_bytes)
-        equal = torch.zeros(num_bytes(largest) // group.size * group.size, dtype=torch.uint8, device=device)
-        into = torch.empty_like(equal)
-        ms = milliseconds(lambda: dist.all_to_all_single(into, equal), device, options.runs, False)
-        ceiling = equal.numel() * (group.size - 1) / group.size / ms / 1e6
-        rows = []
-        for size in options.sizes:
-            for skewed in (False, True):
-                for transposed in (False, True):
-                    rows += measure(Case(size, skewed, transposed), group, device, options.runs, options.graphs)
-        if group.rank == 0:
-            report(rows, ceiling, f"{group.size} ranks, {device.type}, {group.transport!r}", options.out)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo")
+    cases = [
+        Case(size, skewed, turned) for size in options.sizes for skewed in (False, True) for turned in (False, True)
+    ]
+    if options.vdev:
+        result = json.loads(options.out.read_text())
+        result["rows"] += run_vdev(cases, device, options.runs)
+    else:
+        result = run(cases, device, options.runs)
+    if dist.get_rank() == 0:
+        report(result, options.out)
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def report(rows: list[dict[str, Any]], ceiling: float, where: str, out: Path | None) -> None:
-    """The table, and the JSON file."""
-    print(f"{where}; ceiling {ceiling:.2f} GB/s a direction")
-    print("| a rank | splits | transposes | way | graph | ms | GB/s | of the ceiling |\n" + "| --- " * 8 + "|")
-    for row in rows:
+def run(cases: list[Case], device: torch.device, runs: int) -> dict[str, Any]:
+    largest = max((num_bytes(case.size) for case in cases), default=1 << 20)
+    memory = {"nccl": nccl_memory(device, largest)} if device.type == "cuda" else {}
+    rows = []
+    with epops.ExpertGroup(name="bench") as group:
+        for case in cases:
+            rows += measure(case, group, device, runs)
+        where = f"{group.size} ranks, {device.type}, {group.transport!r}"
+        memory["epops"] = getattr(group.transport, "workspace_bytes", 0)
+    ceiling = ceiling_of(device, 256 << 20 if device.type == "cuda" else largest, runs)
+    return {"where": where, "ceiling_gb_s": ceiling, "memory": memory, "torch": torch.__version__, "rows": rows}
+
+
+def run_vdev(cases: list[Case], device: torch.device, runs: int) -> list[dict[str, Any]]:
+    from torch.distributed import _symmetric_memory as symmetric
+
+    if not symmetric.is_nvshmem_available():
+        raise SystemExit("torch has no NVSHMEM here: symm_mem.all_to_all_vdev cannot be measured")
+    symmetric.set_backend("NVSHMEM")
+    return [measure_vdev(case, device, runs) for case in cases]
+
+
+def report(result: dict[str, Any], out: Path | None) -> None:
+    """The table, and the files."""
+    ceiling = result["ceiling_gb_s"]
+    memory = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in result["memory"].items())
+    lines = [
+        f"{result['where']}, torch {result['torch']}; ceiling {ceiling:.2f} GB/s a direction; device memory taken: {memory}",
+        "",
+        "| a rank | splits | transposes | way | graph | ms | GB/s | of the ceiling |",
+        "| --- " * 8 + "|",
+    ]
+    for row in result["rows"]:
         row["of_ceiling"] = row["gb_s"] / ceiling
         cells = [row["size"], "4:1" if row["skewed"] else "even", "both" if row["transposed"] else "none", row["way"]]
         cells += ["yes" if row["graph"] else "no", f"{row['ms']:.4f}", f"{row['gb_s']:.2f}", f"{row['of_ceiling']:.0%}"]
-        print("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(cells) + " |")
+    print("\n".join(lines))
     if out is not None:
-        out.write_text(
-            json.dumps({"where": where, "ceiling_gb_s": ceiling, "torch": torch.__version__, "rows": rows}, indent=1)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        try:
+            import matplotlib
+        except ModuleNotFoundError:
+            return
+        matplotlib.use("Agg")
+        plot(result, out.with_suffix(".png"))
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True)
+    for place, (skewed, turned) in zip(
+        axes.flat, ((False, False), (False, True), (True, False), (True, True)), strict=True
+    ):
+        rows = [row for row in result["rows"] if (row["skewed"], row["transposed"]) == (skewed, turned)]
+        for way in dict.fromkeys(row["way"] for row in rows):
+            mine = [row for row in rows if row["way"] == way]
+            place.plot([num_bytes(row["size"]) for row in mine], [row["gb_s"] for row in mine], "o-", label=way)
+        place.axhline(result["ceiling_gb_s"], color="k", linewidth=0.8, label="copy engines")
+        place.set(
+            xscale="log", yscale="log", title=f"{'4:1' if skewed else 'even'}{', transposed twice' if turned else ''}"
         )
+        place.grid(True, which="both", alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    for place in axes[1]:
+        place.set_xlabel("bytes a rank")
+    for place in axes[:, 0]:
+        place.set_ylabel("GB/s a direction on the wire")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

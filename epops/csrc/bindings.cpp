@@ -42,13 +42,15 @@ void address(py::class_<C>& cls, const char* name, T* C::* member) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "CUDA kernels of epops: dispatch, combine and their gradients over peer-mapped memory";
+  m.doc() = "CUDA kernels of epops: dispatch, combine, their gradients and all_to_all over peer-mapped memory";
   m.attr("cuda_archs") = EPOPS_CUDA_ARCHS;
   m.attr("cuda_version") = CUDART_VERSION;
   m.attr("max_ranks") = kMaxRanks;
   m.attr("max_top_k") = kMaxTopK;
   m.attr("max_slots") = kMaxSlots;
   m.attr("max_tokens") = kMaxTokens;
+  m.attr("max_dims") = kMaxDims;
+  m.attr("all_to_all_threads") = kAllToAllThreads;
 
   py::class_<Workspace> ws(m, "Workspace");
   ws.def(py::init([] { return Workspace{}; }))
@@ -58,6 +60,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("max_top_k", &Workspace::max_top_k)
       .def_readwrite("max_slots", &Workspace::max_slots)
       .def_readwrite("data_bytes", &Workspace::data_bytes)
+      .def_readwrite("ring_bytes", &Workspace::ring_bytes)
+      .def_readonly("ring_slots", &Workspace::ring_slots)
+      .def_readonly("slot_bytes", &Workspace::slot_bytes)
+      .def_readonly("tagged_bytes", &Workspace::tagged_bytes)
       .def_readwrite("timeout_ns", &Workspace::timeout_ns)
       .def("layout", [](Workspace& self) { return layout_workspace(self); })
       .def("set_peers", [](Workspace& self, const std::vector<uint64_t>& peers) {
@@ -185,6 +191,42 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   address(s, "grad_row_weights", &ScatterParams::grad_row_weights);
   address(s, "status", &ScatterParams::status);
 
+  py::class_<AllToAllParams> a(m, "AllToAllParams");
+  a.def(py::init([] { return AllToAllParams{}; }))
+      .def_readwrite("ws", &AllToAllParams::ws)
+      .def_readwrite("launch", &AllToAllParams::launch)
+      .def_readwrite("scatter_in", &AllToAllParams::scatter_in)
+      .def_readwrite("gather_in", &AllToAllParams::gather_in)
+      .def_readwrite("scatter_out", &AllToAllParams::scatter_out)
+      .def_readwrite("gather_out", &AllToAllParams::gather_out)
+      .def_readwrite("scatter_unit", &AllToAllParams::scatter_unit)
+      .def_readwrite("gather_unit", &AllToAllParams::gather_unit)
+      .def_readwrite("scatter_at", &AllToAllParams::scatter_at)
+      .def_readwrite("gather_at", &AllToAllParams::gather_at)
+      .def_readwrite("element_bytes", &AllToAllParams::element_bytes)
+      .def_readwrite("num_receivers", &AllToAllParams::num_receivers)
+      .def_readwrite("min_chunk", &AllToAllParams::min_chunk)
+      .def_readwrite("call_hash", &AllToAllParams::call_hash)
+      .def("set_dims", [](AllToAllParams& self, const std::vector<int64_t>& size, const std::vector<int64_t>& x_stride,
+                          const std::vector<int64_t>& out_stride) {
+        if (size.empty() || size.size() > kMaxDims || x_stride.size() != size.size() ||
+            out_stride.size() != size.size())
+          throw std::invalid_argument("epops.all_to_all: 1 … " + std::to_string(kMaxDims) + " dims, as many strides");
+        self.num_dims = static_cast<int32_t>(size.size());
+        for (size_t d = 0; d < size.size(); ++d) {
+          self.size[d] = size[d];
+          self.x_stride[d] = x_stride[d];
+          self.out_stride[d] = out_stride[d];
+        }
+      });
+  address(a, "x", &AllToAllParams::x);
+  address(a, "out", &AllToAllParams::out);
+  address(a, "input_splits", &AllToAllParams::input_splits);
+  address(a, "output_splits", &AllToAllParams::output_splits);
+  address(a, "plan", &AllToAllParams::plan);
+  address(a, "counts", &AllToAllParams::counts);
+  address(a, "status", &AllToAllParams::status);
+
   m.def("launch_dispatch", [](const DispatchParams& p, uintptr_t stream) {
     check(launch_dispatch(p, reinterpret_cast<void*>(stream)), "dispatch");
   });
@@ -193,6 +235,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("launch_scatter", [](const ScatterParams& p, uintptr_t stream) {
     check(launch_scatter(p, reinterpret_cast<void*>(stream)), "combine_backward");
+  });
+  m.def("launch_all_to_all", [](const AllToAllParams& p, uintptr_t stream) {
+    check(launch_all_to_all(p, reinterpret_cast<void*>(stream)), "all_to_all");
   });
 #ifdef EPOPS_TRACE
   m.def("read_trace", [](const std::string& op) {

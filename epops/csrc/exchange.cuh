@@ -30,7 +30,7 @@ struct Control {
   uint32_t dead[kMaxRanks];  // 1: took too long once
 };
 constexpr uint64_t kEpochStep = 1 << 16;
-constexpr uint64_t kHeaderOffset = 4096;  // [2][kMaxRanks][4] tagged: T, hash of the call, status bits
+constexpr uint64_t kHeaderOffset = 4096;  // [2][kMaxRanks][4] tagged: T, hash of the call, status bits, a fourth
 constexpr uint64_t kHeaderEnd = kHeaderOffset + 2 * kMaxRanks * 4 * 8;
 static_assert(sizeof(Control) <= kHeaderOffset, "the control block must fit before the headers");
 
@@ -100,14 +100,15 @@ inline __device__ __noinline__ void report(const Workspace& ws, int bits, int pe
 // A word of this op, or false: the peer is out of the mask, or this rank is. The first to run out of time takes the
 // peer out, for every wait that follows, and tells the peer.
 inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint64_t* word, uint32_t epoch, int peer,
-                                                int phase, uint32_t* value, const uint32_t* give_up) {
+                                                int phase, uint32_t* value, const uint32_t* give_up,
+                                                uint32_t at_least = 0) {
   Control* here = control(ws, ws.rank);
   const uint64_t start = global_timer_ns();
 #pragma unroll 1
   for (uint32_t spin = 1;; ++spin) {
     const uint64_t now = ld_relaxed_sys(word);
     const uint32_t tag = static_cast<uint32_t>(now >> 32);
-    if (tag == epoch) {
+    if (tag == epoch && static_cast<uint32_t>(now) >= at_least) {
       *value = static_cast<uint32_t>(now);
       return true;
     }

@@ -27,6 +27,8 @@ struct Workspace {
   uint64_t entries_offset;  // [2][R][max_tokens][max_top_k] 8 bytes
   uint64_t data_offset;     // [2][R - 1][M] records
   uint64_t data_bytes;      // of one copy
+  uint64_t ring_offset;     // of all_to_all, see ring.cuh; nothing where ring_bytes is 0
+  uint64_t ring_bytes;      // of its chunks, both copies
   uint64_t timeout_ns;
   int32_t* error_host;  // (8,) pinned, or null: bits, peer, phase, epoch
   int32_t rank;
@@ -34,6 +36,9 @@ struct Workspace {
   int32_t max_tokens;
   int32_t max_top_k;
   int32_t max_slots;
+  int32_t ring_slots;    // chunks that a pair has room for
+  int32_t slot_bytes;    // of one chunk at most
+  int32_t tagged_bytes;  // a piece up to this size travels as tagged words
 };
 
 // How an op is laid over the chip, from M alone. A team of some warps carries one token at a time; the last warp
@@ -133,6 +138,35 @@ struct ScatterParams {  // the gradient of combine: token rows out to the rows t
   uint32_t call_hash;
 };
 
+constexpr int kMaxDims = 6;  // of an exchanged tensor, dims that lie in one piece counted as one
+constexpr int kAllToAllThreads = 544;
+
+struct AllToAllParams {
+  Workspace ws;
+  Launch launch;
+  const void* x;
+  void* out;                     // contiguous
+  const int64_t* input_splits;   // (R,) or null: even, or in the plan
+  const int64_t* output_splits;  // (R,) or null: as sent, or in the plan
+  const int64_t* plan;           // (4 + 4 R,) or null
+  int64_t* counts;               // (R,)
+  int32_t* status;
+  // Dims from outermost to innermost, the last one without gaps; strides in bytes. A dim that is scattered or gathered
+  // has `unit` places for one of its steps: what lies within a step was counted as one dim with it.
+  int64_t size[kMaxDims];
+  int64_t x_stride[kMaxDims];
+  int64_t out_stride[kMaxDims];
+  int64_t scatter_in, gather_in;    // steps of the two dims in x
+  int64_t scatter_out, gather_out;  // and in out
+  int64_t scatter_unit, gather_unit;
+  int32_t scatter_at, gather_at;  // their places in `size`, equal where they are one dim
+  int32_t num_dims;
+  int32_t element_bytes;
+  int32_t num_receivers;  // the first blocks; launch.num_senders, the last ones, send
+  int32_t min_chunk;      // bytes
+  uint32_t call_hash;
+};
+
 // Bits of `status`, phases of an error record: epops/layout.py and epops/transport/nvlink.py have the same.
 enum Status : int32_t {
   kOverflow = 1,
@@ -143,7 +177,7 @@ enum Status : int32_t {
   kTimeout = 32,
   kExcluded = 64
 };
-enum Phase : int32_t { kPhaseHeader = 1, kPhaseCounts = 2, kPhaseRows = 3, kPhaseAnswers = 4 };
+enum Phase : int32_t { kPhaseHeader = 1, kPhaseCounts = 2, kPhaseRows = 3, kPhaseAnswers = 4, kPhaseCredits = 5 };
 
 // Fills the offsets of `ws` from its sizes; returns the bytes of one rank's memory.
 uint64_t layout_workspace(Workspace& ws);
@@ -153,6 +187,7 @@ uint64_t dispatch_shared_bytes(const DispatchParams& p);
 int launch_dispatch(const DispatchParams& p, void* stream);
 int launch_combine(const CombineParams& p, void* stream);
 int launch_scatter(const ScatterParams& p, void* stream);
+int launch_all_to_all(const AllToAllParams& p, void* stream);
 
 #ifdef EPOPS_TRACE
 int read_dispatch_trace(uint64_t* out);  // (256, 12)

@@ -51,6 +51,16 @@ __device__ __forceinline__ uint2 ld_no_allocate8(const void* address) {
   return v;
 }
 
+// The same for memory that is written again and again while this kernel runs: always from the L2.
+__device__ __forceinline__ uint4 ld_relaxed_sys_16(const void* address) {
+  uint4 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void st_16(void* address, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");

@@ -1,5 +1,5 @@
 // Where things lie in a rank's memory.
-#include "exchange.cuh"
+#include "ring.cuh"
 
 namespace epops {
 
@@ -10,7 +10,8 @@ uint64_t layout_workspace(Workspace& ws) {
   ws.flags_offset = up(ws.counts_offset + pairs * (ws.max_slots + 1) * 8);
   ws.entries_offset = up(ws.flags_offset + pairs * ws.max_tokens * 8);
   ws.data_offset = up(ws.entries_offset + pairs * ws.max_tokens * ws.max_top_k * 8);
-  return ws.data_offset + 2 * ws.data_bytes;
+  ws.ring_offset = up(ws.data_offset + 2 * ws.data_bytes);
+  return ws.ring_offset + layout_ring(ws);
 }
 
 }  // namespace epops

@@ -57,6 +57,8 @@ class Tuning:
     (0: no limit).  ``beside_sms``: blocks of an op that a start half runs on a second stream, up to M ``beside_tokens``; above,
     matrix products lose more by sharing the chip than the exchange gains, and it runs at once.  ``pdl``: a kernel's launch overlaps
     the end of the one before.  ``extra``: plans by op, instead of all this.
+    Of all_to_all: ``ring_bytes`` of peer memory for its chunks, ``chunk_bytes`` of the smallest, ``ring_senders`` blocks that send
+    an x of more than ``whole_bytes``.
     """
 
     num_sms: int = 32
@@ -68,6 +70,10 @@ class Tuning:
     beside_sms: int = 64
     beside_tokens: int = 512
     pdl: int = 1
+    ring_bytes: int = 32 << 20
+    chunk_bytes: int = 4096
+    ring_senders: int = 32
+    whole_bytes: int = 16 << 20
     extra: dict[str, Plan] = field(default_factory=dict)
 
     def beside(self) -> Tuning:
@@ -99,12 +105,13 @@ class Tuning:
 
 
 class Sizes(NamedTuple):
-    """What a rank's memory is laid out for; ``row_bytes`` is the largest record."""
+    """What a rank's memory is laid out for; ``row_bytes`` is the largest record, ``ring_bytes`` are all_to_all's, 0 without."""
 
     max_tokens: int
     top_k: int
     num_slots: int
     row_bytes: int
+    ring_bytes: int = 0
 
     def covers(self, other: Sizes) -> bool:
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
@@ -119,6 +126,7 @@ def lay_out(rank: int, num_ranks: int, sizes: Sizes, timeout: float) -> tuple[An
     ws.rank, ws.num_ranks = rank, num_ranks
     ws.max_tokens, ws.max_top_k, ws.max_slots = sizes.max_tokens, sizes.top_k, sizes.num_slots
     ws.data_bytes = (num_ranks - 1) * sizes.max_tokens * sizes.row_bytes
+    ws.ring_bytes = sizes.ring_bytes
     ws.timeout_ns = int(timeout * 1e9)
     return ws, ws.layout()
 

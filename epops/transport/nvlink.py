@@ -1,7 +1,7 @@
 """Transport ``nvlink``: epops' own kernels store to peers' memory; torch's symmetric memory maps it.
 
 Chosen by "auto" where NVLink reaches every rank (`domain`).  A start half launches its op on a second stream, and the wait
-half has the caller's stream wait for it.  What has no kernel here (all_to_all) goes over nccl, on a communicator of the group's.
+half has the caller's stream wait for it.  What has no kernel here goes over nccl, on a communicator of the group's.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 
 from .. import layout as words
 from ..errors import GroupError
+from ..reference.all_to_all import write_plan
 from ..torch_private import is_capturing, symmetric_addresses, symmetric_empty
-from . import kernels
+from . import kernel_all_to_all, kernels
 from .base import Pending
 from .c10d import begin_equal
 from .domain import refusal
 
-PHASES = {1: "header", 2: "counts", 3: "rows", 4: "answers"}
+PHASES = {1: "header", 2: "counts", 3: "rows", 4: "answers", 5: "credits"}
 
 
 def make(group: Any, *, required: bool) -> NvlinkTransport | None:
@@ -329,6 +330,39 @@ class NvlinkTransport:
             grad_scale=a["grad_scale"],
             lane=a["lane"],
         )
+
+    def all_to_all(
+        self,
+        owner: Any,
+        /,
+        x: torch.Tensor,
+        input_splits: torch.Tensor | None = None,
+        output_splits: torch.Tensor | None = None,
+        plan: torch.Tensor | None = None,
+        **a: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        memory = self.memory(owner, a["lane"], kernels.Sizes(1, 1, 1, 0, self.tuning.ring_bytes))
+        splits = [None if each is None else each.contiguous() for each in (input_splits, output_splits, plan)]
+        return kernel_all_to_all.all_to_all(
+            memory.workspace,
+            self.tuning.beside() if kernels.is_beside() else self.tuning,
+            self.num_sms,
+            x,
+            *splits,
+            out_size=a["out_size"],
+            scatter_size=a["scatter_size"],
+            scatter_dim=a["scatter_dim"],
+            gather_dim=a["gather_dim"],
+            lane=a["lane"],
+        )
+
+    def plan_all_to_all(
+        self, owner: Any, /, input_splits: torch.Tensor, output_splits: Any = None, **a: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Ranks tell one another one number each; with output_splits nothing is asked of the transport.
+        sizes = {"out_size": self.size, "scatter_size": self.size, "scatter_dim": 0, "gather_dim": 0}
+        came, _, status = self.all_to_all(owner, input_splits, lane=a.get("lane", 0), **sizes)
+        return write_plan(input_splits, came), status
 
     def _check_values(self, op: str, name: str, tensor: torch.Tensor) -> None:
         if tensor.dtype not in kernels.DTYPES:

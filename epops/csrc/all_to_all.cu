@@ -1,0 +1,819 @@
+// all_to_all: a piece of a tensor to every rank, cut along one dim, put together along another.
+//
+// One kernel. Every block reads the splits, so that it knows each piece it sends; block 0 posts how large they are. A
+// piece is a stream of bytes in the order of the result, cut into chunks. Sending blocks take chunks of all peers by
+// turns and store them into the receiver's memory: small pieces as words that carry data and epoch together, which need
+// no fence, large ones into a ring, with a flag a chunk (told by the block's poster, team.cuh) and, once the ring is
+// full, a credit back for every chunk that was copied out. Receiving blocks wait for all headers, from which every
+// piece's place follows, and copy chunks to the result by turns; what no piece covers is zero.
+//
+// Where a rank's pieces fit into the ring, its blocks send first and receive then. Otherwise the first blocks only
+// receive and the last ones only send: then both must be resident, and the launcher's blocks are.
+#include <type_traits>
+
+#include "launch.cuh"
+#include "ring.cuh"
+#include "team.cuh"
+
+namespace epops {
+namespace {
+
+constexpr int kOuterDims = kMaxDims - 1;
+constexpr int kWarps = kAllToAllThreads / 32 - 1;  // the last one posts
+constexpr int kDataThreads = kWarps * 32;
+constexpr uint32_t kSelfChunk = 64 << 10;
+
+// Places of a tensor that a stream runs over, row by row; a row is one run of memory.
+struct Box {
+  uint64_t base;
+  uint64_t bytes;              // of the stream
+  uint32_t n[kOuterDims];      // places a dim, outermost first
+  uint32_t limit[kOuterDims];  // those that exist; the others are left out
+  uint32_t run, run_limit;     // elements of a row, likewise
+  uint32_t rows;               // 2 stands for all numbers above
+  uint32_t step;               // 16 bytes at most: addresses, rows and limits are multiples of it
+};
+
+struct Peer {
+  Box out;               // what goes there
+  Box in;                // where what comes from there lies; where nothing may be put there, what to clear
+  int64_t sent_at;       // first step of the piece for it
+  uint64_t bytes_from;   // of the piece that comes
+  uint32_t sent;         // steps of the piece for it
+  uint32_t split, came;  // of the piece that comes: steps along the scattered dim and along the gathered one
+  uint32_t chunks_to, chunks_from, base_to, base_from;  // base: chunks of the peers before it
+  int32_t takes_part;
+  int32_t lost;   // stopped taking part on the way
+  int32_t wrong;  // nothing of it is put anywhere
+};
+
+struct Shared {
+  Box tail, side;  // to clear: behind the last piece, beside all pieces
+  int32_t failed, posted, bits, num_bad, num_items, rounds_to, rounds_from, disagrees_with;
+  int64_t num_rows, num_dropped;
+  uint32_t done[kOutbox];
+  uint2 items[kOutbox];  // peer, chunk
+};
+
+__device__ __forceinline__ Peer* peers(Shared* s) { return reinterpret_cast<Peer*>(s + 1); }
+
+// ---- boxes: which places, and where byte i of a stream lies
+// ----------------------------------------------------------
+
+// `along_s` and `along_g` steps of the two dims from `base`; of them the first `limit_s` and `limit_g` exist.
+__device__ __noinline__ void make_box(const AllToAllParams& p, const int64_t* stride, Box* box, uint64_t base,
+                                      int64_t along_s, int64_t along_g, int64_t limit_s, int64_t limit_g) {
+  const int last = p.num_dims - 1;
+  uint64_t bytes = p.element_bytes, together = base;
+  uint32_t rows = 1;
+#pragma unroll 1
+  for (int d = 0; d <= last; ++d) {
+    int64_t n = p.size[d], limit = n;
+    if (d == p.scatter_at) n = along_s * p.scatter_unit, limit = limit_s * p.scatter_unit;
+    if (d == p.gather_at) n = along_g * p.gather_unit, limit = limit_g * p.gather_unit;
+    bytes *= static_cast<uint64_t>(n);
+    if (d == last) {
+      box->run = static_cast<uint32_t>(n);
+      box->run_limit = static_cast<uint32_t>(limit);
+      if (rows > 1) together |= static_cast<uint64_t>(n) * p.element_bytes;
+      if (limit < n) together |= static_cast<uint64_t>(limit) * p.element_bytes;
+    } else {
+      box->n[d] = static_cast<uint32_t>(n);
+      box->limit[d] = static_cast<uint32_t>(limit);
+      if (n > 1) {
+        rows = 2;
+        together |= static_cast<uint64_t>(stride[d]);
+      }
+    }
+  }
+  box->base = base;
+  box->bytes = bytes;
+  box->rows = rows;
+  const uint32_t low = static_cast<uint32_t>(together & 15);
+  box->step = low == 0 ? 16 : low & (~low + 1);
+}
+
+template <int kStep>
+__device__ __forceinline__ uint32_t run_steps(const AllToAllParams& p, const Box& b) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(b.run) * p.element_bytes / kStep);
+}
+
+// Address of step `index` of a stream, 0 where there is none. `run` as of run_steps<kStep>.
+template <int kStep>
+__device__ __forceinline__ uint64_t locate(const AllToAllParams& p, const int64_t* stride, const Box& b, uint32_t run,
+                                           uint32_t index) {
+  uint32_t row = 0, column = index;
+  if (b.rows > 1) {
+    row = index / run;
+    column = index - row * run;
+  }
+  const uint64_t at = static_cast<uint64_t>(column) * kStep;
+  bool there = at < static_cast<uint64_t>(b.run_limit) * p.element_bytes;
+  uint64_t address = b.base + at;
+  if (b.rows > 1) {
+#pragma unroll 1
+    for (int d = p.num_dims - 2; d >= 0; --d) {
+      uint32_t i = row;
+      if (d > 0) {
+        row = row / b.n[d];
+        i -= row * b.n[d];
+      }
+      there &= i < b.limit[d];
+      address += i * stride[d];
+    }
+  } else {
+#pragma unroll 1
+    for (int d = p.num_dims - 2; d >= 0; --d) there &= b.limit[d] != 0;
+  }
+  return there ? address : 0;
+}
+
+template <int kStep>
+__device__ __forceinline__ uint64_t load_step(uint64_t address);
+template <>
+__device__ __forceinline__ uint64_t load_step<8>(uint64_t address) {
+  return *reinterpret_cast<const uint64_t*>(address);
+}
+template <>
+__device__ __forceinline__ uint64_t load_step<4>(uint64_t address) {
+  return *reinterpret_cast<const uint32_t*>(address);
+}
+template <>
+__device__ __forceinline__ uint64_t load_step<2>(uint64_t address) {
+  return *reinterpret_cast<const uint16_t*>(address);
+}
+template <>
+__device__ __forceinline__ uint64_t load_step<1>(uint64_t address) {
+  return *reinterpret_cast<const uint8_t*>(address);
+}
+
+template <int kStep>
+__device__ __forceinline__ void store_step(uint64_t address, uint64_t value) {
+  if constexpr (kStep == 8) *reinterpret_cast<uint64_t*>(address) = value;
+  if constexpr (kStep == 4) *reinterpret_cast<uint32_t*>(address) = static_cast<uint32_t>(value);
+  if constexpr (kStep == 2) *reinterpret_cast<uint16_t*>(address) = static_cast<uint16_t>(value);
+  if constexpr (kStep == 1) *reinterpret_cast<uint8_t*>(address) = static_cast<uint8_t>(value);
+}
+
+// Sixteen bytes of a stream from and to a box, the unit that crosses the wire. `steps`: those that the stream still
+// has.
+template <int kStep>
+__device__ __forceinline__ uint4 read_unit(const AllToAllParams& p, const int64_t* stride, const Box& b, uint32_t run,
+                                           uint32_t unit, uint32_t steps = 16 / kStep) {
+  if constexpr (kStep == 16) {
+    return ld_no_allocate(reinterpret_cast<const void*>(locate<16>(p, stride, b, run, unit)));
+  } else {
+    uint64_t low = 0, high = 0;
+#pragma unroll kStep == 8 ? 2 : 4
+    for (int i = 0; i < 16 / kStep; ++i) {
+      const uint64_t from = i < steps ? locate<kStep>(p, stride, b, run, unit * (16 / kStep) + i) : 0;
+      const uint64_t value = from != 0 ? load_step<kStep>(from) : 0;
+      (i * kStep < 8 ? low : high) |= value << (i * kStep % 8 * 8);
+    }
+    return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+                      static_cast<uint32_t>(high >> 32));
+  }
+}
+
+template <int kStep>
+__device__ __forceinline__ void write_unit(const AllToAllParams& p, const int64_t* stride, const Box& b, uint32_t run,
+                                           uint32_t unit, uint4 v, uint32_t steps = 16 / kStep) {
+  if constexpr (kStep == 16) {
+    const uint64_t to = locate<16>(p, stride, b, run, unit);
+    if (to != 0) st_16(reinterpret_cast<void*>(to), v);
+  } else {
+    const uint64_t low = static_cast<uint64_t>(v.y) << 32 | v.x, high = static_cast<uint64_t>(v.w) << 32 | v.z;
+#pragma unroll kStep == 8 ? 2 : 4
+    for (int i = 0; i < 16 / kStep; ++i) {
+      const uint64_t to = i < steps ? locate<kStep>(p, stride, b, run, unit * (16 / kStep) + i) : 0;
+      if (to != 0) store_step<kStep>(to, (i * kStep < 8 ? low : high) >> (i * kStep % 8 * 8));
+    }
+  }
+}
+
+// The last unit of a stream, by elements.
+__device__ __noinline__ uint4 read_rest(const AllToAllParams& p, const int64_t* stride, const Box& b, uint32_t unit) {
+  const uint32_t steps = static_cast<uint32_t>(b.bytes % 16) / p.element_bytes;
+  switch (p.element_bytes) {
+    case 8:
+      return read_unit<8>(p, stride, b, run_steps<8>(p, b), unit, steps);
+    case 4:
+      return read_unit<4>(p, stride, b, run_steps<4>(p, b), unit, steps);
+    case 2:
+      return read_unit<2>(p, stride, b, run_steps<2>(p, b), unit, steps);
+    default:
+      return read_unit<1>(p, stride, b, run_steps<1>(p, b), unit, steps);
+  }
+}
+
+__device__ __noinline__ void write_rest(const AllToAllParams& p, const int64_t* stride, const Box& b, uint32_t unit,
+                                        uint4 v) {
+  const uint32_t steps = static_cast<uint32_t>(b.bytes % 16) / p.element_bytes;
+  switch (p.element_bytes) {
+    case 8:
+      return write_unit<8>(p, stride, b, run_steps<8>(p, b), unit, v, steps);
+    case 4:
+      return write_unit<4>(p, stride, b, run_steps<4>(p, b), unit, v, steps);
+    case 2:
+      return write_unit<2>(p, stride, b, run_steps<2>(p, b), unit, v, steps);
+    default:
+      return write_unit<1>(p, stride, b, run_steps<1>(p, b), unit, v, steps);
+  }
+}
+
+// ---- copies: whole units first to last by the threads of a block, kDeep of them in flight a thread
+// -------------------
+
+template <int kDeep, class Get, class Put>
+__device__ __forceinline__ void copy_units(uint32_t first, uint32_t last, Get get, Put put) {
+#pragma unroll 1
+  for (uint32_t at = first + threadIdx.x; at < last; at += kDeep * kDataThreads) {
+    uint4 v[kDeep];
+#pragma unroll
+    for (int i = 0; i < kDeep; ++i) {
+      if (at + i * kDataThreads < last) v[i] = get(at + i * kDataThreads);
+    }
+#pragma unroll
+    for (int i = 0; i < kDeep; ++i) {
+      if (at + i * kDataThreads < last) put(at + i * kDataThreads, v[i]);
+    }
+  }
+}
+
+// Units of a chunk: [first, last) whole ones, and whether the stream's last, smaller one follows them.
+struct Units {
+  uint32_t first, last;
+  bool rest;
+};
+
+__device__ __forceinline__ Units units_of(uint64_t bytes, uint32_t chunk, uint32_t chunk_size) {
+  const uint64_t from = static_cast<uint64_t>(chunk) * chunk_size;
+  const uint64_t to = from + chunk_size < bytes ? from + chunk_size : bytes;
+  return {static_cast<uint32_t>(from / 16), static_cast<uint32_t>(to / 16), to % 16 != 0};
+}
+
+template <class Put>
+__device__ __forceinline__ void read_box(const AllToAllParams& p, const int64_t* stride, const Box& b, Units u,
+                                         Put put) {
+  const auto with = [&](auto step) {
+    constexpr int kStep = decltype(step)::value;
+    const uint32_t run = run_steps<kStep>(p, b);
+    copy_units<kStep == 16 ? 8 : 1>(
+        u.first, u.last, [&](uint32_t unit) { return read_unit<kStep>(p, stride, b, run, unit); }, put);
+  };
+  switch (b.step) {
+    case 16:
+      with(std::integral_constant<int, 16>{});
+      break;
+    case 8:
+      with(std::integral_constant<int, 8>{});
+      break;
+    case 4:
+      with(std::integral_constant<int, 4>{});
+      break;
+    case 2:
+      with(std::integral_constant<int, 2>{});
+      break;
+    default:
+      with(std::integral_constant<int, 1>{});
+  }
+  if (u.rest && threadIdx.x == kDataThreads - 1) put(u.last, read_rest(p, stride, b, u.last));
+}
+
+template <class Get>
+__device__ __forceinline__ void write_box(const AllToAllParams& p, const int64_t* stride, const Box& b, Units u,
+                                          Get get) {
+  const auto with = [&](auto step) {
+    constexpr int kStep = decltype(step)::value;
+    const uint32_t run = run_steps<kStep>(p, b);
+    copy_units<kStep == 16 ? 8 : 1>(u.first, u.last, get,
+                                    [&](uint32_t unit, uint4 v) { write_unit<kStep>(p, stride, b, run, unit, v); });
+  };
+  switch (b.step) {
+    case 16:
+      with(std::integral_constant<int, 16>{});
+      break;
+    case 8:
+      with(std::integral_constant<int, 8>{});
+      break;
+    case 4:
+      with(std::integral_constant<int, 4>{});
+      break;
+    case 2:
+      with(std::integral_constant<int, 2>{});
+      break;
+    default:
+      with(std::integral_constant<int, 1>{});
+  }
+  if (u.rest && threadIdx.x == kDataThreads - 1) write_rest(p, stride, b, u.last, get(u.last));
+}
+
+// From x to the result; where either side has smaller steps, by elements.
+__device__ __forceinline__ void copy_own(const AllToAllParams& p, const Box& from, const Box& to, Units u) {
+  if (from.step == 16 && to.step == 16) {
+    const uint32_t run_from = run_steps<16>(p, from), run_to = run_steps<16>(p, to);
+    copy_units<8>(
+        u.first, u.last, [&](uint32_t unit) { return read_unit<16>(p, p.x_stride, from, run_from, unit); },
+        [&](uint32_t unit, uint4 v) { write_unit<16>(p, p.out_stride, to, run_to, unit, v); });
+  } else {
+    const auto with = [&](auto step) {
+      constexpr int kStep = decltype(step)::value;
+      const uint32_t run_from = run_steps<kStep>(p, from), run_to = run_steps<kStep>(p, to);
+      copy_units<1>(
+          u.first, u.last, [&](uint32_t unit) { return read_unit<kStep>(p, p.x_stride, from, run_from, unit); },
+          [&](uint32_t unit, uint4 v) { write_unit<kStep>(p, p.out_stride, to, run_to, unit, v); });
+    };
+    switch (from.step < to.step ? from.step : to.step) {
+      case 8:
+        with(std::integral_constant<int, 8>{});
+        break;
+      case 4:
+        with(std::integral_constant<int, 4>{});
+        break;
+      case 2:
+        with(std::integral_constant<int, 2>{});
+        break;
+      default:
+        with(std::integral_constant<int, 1>{});
+    }
+  }
+  if (u.rest && threadIdx.x == kDataThreads - 1) {
+    write_rest(p, p.out_stride, to, u.last, read_rest(p, p.x_stride, from, u.last));
+  }
+}
+
+__device__ __noinline__ void clear_box(const AllToAllParams& p, const Box& b) {
+  if (b.bytes == 0) return;
+  const uint64_t chunks = (b.bytes + kSelfChunk - 1) / kSelfChunk;
+#pragma unroll 1
+  for (uint64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    write_box(p, p.out_stride, b, units_of(b.bytes, static_cast<uint32_t>(chunk), kSelfChunk),
+              [](uint32_t) { return make_uint4(0, 0, 0, 0); });
+  }
+}
+
+// ---- what goes where
+// -------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ bool is_tagged(const AllToAllParams& p, uint64_t bytes) {
+  return bytes <= static_cast<uint64_t>(p.ws.tagged_bytes);
+}
+
+// Both sides of a pair know the size of its piece, and so how it is cut.
+__device__ __forceinline__ uint32_t chunk_size(const AllToAllParams& p, uint64_t bytes) {
+  uint32_t size = p.min_chunk;
+  if (!is_tagged(p, bytes)) {
+    while (size * 64ull < bytes && size * 2 <= p.ws.slot_bytes) size *= 2;
+    if (size * 64ull < bytes) size = p.ws.slot_bytes;
+  }
+  return size;
+}
+
+__device__ __forceinline__ uint32_t num_chunks(uint64_t bytes, uint32_t size) {
+  return static_cast<uint32_t>((bytes + size - 1) / size);
+}
+
+__device__ __forceinline__ int64_t clamp(int64_t value, int64_t most) {
+  return value < 0 ? 0 : value > most ? most : value;
+}
+
+// Of warp 0: `value` of the lanes before, from `total` on.
+template <class T>
+__device__ __forceinline__ T before(T value, T* total) {
+  T sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const T other = __shfl_up_sync(~0u, sum, step);
+    if (static_cast<int>(threadIdx.x) >= step) sum += other;
+  }
+  const T first = *total + sum - value;
+  *total += __shfl_sync(~0u, sum, 31);
+  return first;
+}
+
+__device__ __forceinline__ int64_t expected_of(const AllToAllParams& p, int rank) {
+  if (p.output_splits != nullptr) return p.output_splits[rank];
+  return p.plan != nullptr ? p.plan[4 + 2 * p.ws.num_ranks + rank] : -1;
+}
+
+__device__ __forceinline__ int share_of(uint32_t chunks, uint32_t base, uint32_t turn, uint32_t turns) {
+  const uint32_t first = (turn + turns - base % turns) % turns;
+  return first < chunks ? static_cast<int>((chunks - first + turns - 1) / turns) : 0;
+}
+
+// Warp 0 of every block: the pieces that this rank sends, clamped to x whatever the splits say. Block 0 tells the
+// peers.
+__device__ __forceinline__ void lay_out_sent(const AllToAllParams& p, Shared* s, const Op& op, uint32_t turn) {
+  const int lane = threadIdx.x, num_ranks = p.ws.num_ranks, me = p.ws.rank;
+  const bool same = p.scatter_at == p.gather_at;
+  const bool expects = p.output_splits != nullptr || p.plan != nullptr;
+  const bool good_plan = p.plan == nullptr || (p.plan[0] == 1 && p.plan[1] == num_ranks);
+  const int64_t mine = same ? 0 : expects ? clamp(expected_of(p, me), p.gather_in) : p.gather_in;
+  int64_t running = 0;
+  int num_bad = good_plan ? 0 : 1;
+#pragma unroll 1
+  for (int first = 0; first < num_ranks; first += 32) {
+    const int rank = first + lane;
+    int64_t wanted = 0, at = 0;
+    if (rank < num_ranks) {
+      wanted = p.input_splits != nullptr ? p.input_splits[rank]
+               : p.plan != nullptr       ? p.plan[4 + rank]
+                                         : p.scatter_in / num_ranks;
+      if (p.plan != nullptr) at = p.plan[4 + num_ranks + rank];
+    }
+    if (!good_plan) wanted = at = 0;
+    const int64_t in_x = clamp(wanted, p.scatter_in);
+    const int64_t follows = before(in_x, &running);
+    if (p.plan == nullptr) at = follows;
+    const int64_t from = clamp(at, p.scatter_in), split = clamp(in_x, p.scatter_in - from);
+    num_bad += __popc(__ballot_sync(~0u, wanted != split || at != from));
+    if (rank < num_ranks) {
+      Peer& peer = peers(s)[rank];
+      peer.sent_at = from;
+      peer.sent = static_cast<uint32_t>(split);
+      peer.takes_part = rank == me || (!op.excluded && !is_dead(p.ws, rank));
+      peer.lost = peer.wrong = 0;
+    }
+  }
+  if (blockIdx.x == 0 && !op.excluded) {
+#pragma unroll 1
+    for (int rank = lane; rank < num_ranks; rank += 32) {
+      const Peer& peer = peers(s)[rank];
+      if (rank == me || !peer.takes_part) continue;
+      post_header(p.ws, op, rank, static_cast<int>(peer.sent), p.call_hash, num_bad != 0 ? kBadIndex : 0);
+      st_relaxed_sys(header(p.ws, rank, op.parity, me) + 3, tagged(op.epoch, static_cast<uint32_t>(mine)));
+    }
+  }
+  __syncwarp();  // lanes change ranks
+  uint32_t chunks_before = 0, most = 0;
+  int num_items = 0;
+#pragma unroll 1
+  for (int first = 0; first < num_ranks; first += 32) {
+    const int step = first + lane, rank = (me + step) % num_ranks;
+    uint32_t chunks = 0;
+    if (step < num_ranks) {
+      Peer& peer = peers(s)[rank];
+      make_box(p, p.x_stride, &peer.out,
+               reinterpret_cast<uint64_t>(p.x) + peer.sent_at * p.scatter_unit * p.x_stride[p.scatter_at], peer.sent,
+               same ? peer.sent : mine, peer.sent, same ? peer.sent : mine);
+      if (rank != me && peer.takes_part) chunks = num_chunks(peer.out.bytes, chunk_size(p, peer.out.bytes));
+    }
+    const uint32_t base = before(chunks, &chunks_before);
+    if (step < num_ranks) {
+      Peer& peer = peers(s)[rank];
+      peer.chunks_to = chunks;
+      peer.base_to = base;
+      if (!is_tagged(p, peer.out.bytes)) num_items += share_of(chunks, base, turn, p.launch.num_senders);
+      if (rank == me) {
+        peer.split = peer.sent;
+        peer.came = static_cast<uint32_t>(same ? peer.sent : mine);
+      } else {
+        peer.split = peer.came = 0;
+      }
+    }
+    most = max(most, __reduce_max_sync(~0u, chunks));
+  }
+  num_items = static_cast<int>(__reduce_add_sync(~0u, static_cast<unsigned>(num_items)));
+  if (lane == 0) {
+    s->bits = (op.excluded ? kExcluded : 0) | (num_bad != 0 ? kBadIndex : 0);
+    s->num_bad = num_bad;
+    s->num_items = num_items;
+    s->rounds_to = static_cast<int>((most + p.launch.num_senders - 1) / p.launch.num_senders);
+    s->disagrees_with = -1;
+  }
+}
+
+// Headers of all peers, by the data threads of a block.
+__device__ __forceinline__ void wait_headers(const AllToAllParams& p, Shared* s, const Op& op) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.ws.num_ranks * 4; i += kDataThreads) {
+    const int rank = i / 4, word = i % 4;
+    Peer& peer = peers(s)[rank];
+    if (rank == p.ws.rank || !peer.takes_part) continue;
+    uint32_t value = 0;
+    if (!wait_word(p.ws, header(p.ws, p.ws.rank, op.parity, rank) + word, op.epoch, rank, kPhaseHeader, &value)) {
+      s->failed = 1;
+      peer.lost = 1;
+      atomicOr(&s->bits, ld_relaxed_sys(&control(p.ws, p.ws.rank)->excluded) != 0 ? kExcluded : kTimeout);
+    } else if (word == 0) {
+      peer.split = value;
+    } else if (word == 1 && value != p.call_hash) {
+      peer.wrong = 1;
+      s->disagrees_with = rank;
+      atomicOr(&s->bits, kDisagree);
+    } else if (word == 2 && value != 0) {
+      atomicOr(&s->bits, static_cast<int>(value));
+    } else if (word == 3 && p.scatter_at != p.gather_at) {
+      peer.came = value;
+    }
+  }
+}
+
+// Warp 0 of every block: where each piece lies in the result, and what stays empty.
+__device__ __forceinline__ void lay_out_received(const AllToAllParams& p, Shared* s) {
+  const int lane = threadIdx.x, num_ranks = p.ws.num_ranks, me = p.ws.rank;
+  const bool same = p.scatter_at == p.gather_at;
+  const bool expects = p.output_splits != nullptr || p.plan != nullptr;
+  const int64_t own_split = peers(s)[me].sent;
+  const int64_t step_bytes = p.gather_unit * p.out_stride[p.gather_at];
+  const uint64_t out = reinterpret_cast<uint64_t>(p.out);
+  int64_t placed_before = 0, rows = 0, dropped = 0;
+  uint32_t chunks_before = 0, most = 0;
+  int bits = 0;
+#pragma unroll 1
+  for (int first = 0; first < num_ranks; first += 32) {
+    const int rank = first + lane;
+    int64_t placed = 0;
+    if (rank < num_ranks) {
+      Peer& peer = peers(s)[rank];
+      const bool absent = !peer.takes_part || peer.lost || peer.wrong;  // wrong: of another op, its sizes mean nothing
+      if (absent) peer.split = peer.came = 0;
+      if (same) peer.came = peer.split;
+      const int64_t expected = expected_of(p, rank);
+      if (!absent && ((expects && peer.came != expected) || (!same && peer.split != own_split))) {
+        peer.wrong = 1;
+        bits |= kDisagree;
+        s->disagrees_with = rank;
+      }
+      placed = expects ? clamp(expected, int64_t{1} << 31) : peer.came;
+      if (absent) peer.wrong = 1;
+      rows += peer.came;
+      if (blockIdx.x == 0) p.counts[rank] = peer.came;
+    }
+    const int64_t at = before(placed, &placed_before);
+    if (rank < num_ranks) {
+      Peer& peer = peers(s)[rank];
+      const int64_t from = clamp(at, p.gather_out);
+      // What is wrong leaves its place empty; that is cleared along the whole of the other dim, but for its side.
+      const int64_t along_g = peer.wrong ? clamp(placed, p.gather_out - from) : peer.came;
+      const int64_t along_s = same ? along_g : peer.wrong ? clamp(own_split, p.scatter_out) : peer.split;
+      const int64_t room_g = clamp(along_g, p.gather_out - from);
+      const int64_t room_s = same ? room_g : clamp(along_s, p.scatter_out);
+      make_box(p, p.out_stride, &peer.in, out + from * step_bytes, along_s, along_g, room_s, room_g);
+      if (!peer.wrong) dropped += along_g - room_g;
+      if (!same) dropped += peer.split - clamp(peer.split, p.scatter_out);
+      uint64_t bytes = static_cast<uint64_t>(peer.split) * (same ? 1 : peer.came) * p.element_bytes;
+#pragma unroll 1
+      for (int d = 0; d < p.num_dims; ++d) bytes *= d == p.scatter_at || d == p.gather_at ? 1 : p.size[d];
+      peer.bytes_from = bytes * p.scatter_unit * (same ? 1 : p.gather_unit);
+    }
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int first = 0; first < num_ranks; first += 32) {
+    const int step = first + lane, rank = (me + step) % num_ranks;
+    Peer& peer = peers(s)[rank];
+    uint32_t chunks = 0;
+    if (step < num_ranks) {
+      chunks = num_chunks(peer.bytes_from, rank == me ? kSelfChunk : chunk_size(p, peer.bytes_from));
+      if (rank == me && peer.wrong) chunks = 0;
+    }
+    const uint32_t base = before(chunks, &chunks_before);
+    if (step < num_ranks) {
+      peer.chunks_from = chunks;
+      peer.base_from = base;
+    }
+    most = max(most, __reduce_max_sync(~0u, chunks));
+  }
+  bits = static_cast<int>(__reduce_or_sync(~0u, static_cast<unsigned>(bits)));
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    rows += __shfl_xor_sync(~0u, rows, step);
+    dropped += __shfl_xor_sync(~0u, dropped, step);
+  }
+  if (lane == 0) {
+    const int64_t end = clamp(placed_before, p.gather_out), split = clamp(own_split, p.scatter_out);
+    const int64_t empty = p.gather_out - end;
+    make_box(p, p.out_stride, &s->tail, out + end * step_bytes, same ? empty : p.scatter_out, empty,
+             same ? empty : p.scatter_out, empty);
+    if (!same) {
+      make_box(p, p.out_stride, &s->side, out + split * p.scatter_unit * p.out_stride[p.scatter_at],
+               p.scatter_out - split, end, p.scatter_out - split, end);
+    } else {
+      s->side.bytes = 0;
+    }
+    s->bits |= bits | (dropped != 0 ? kOverflow : 0);
+    s->num_rows = rows;
+    s->num_dropped = dropped;
+    s->rounds_from = static_cast<int>((most + p.num_receivers - 1) / p.num_receivers);
+  }
+}
+
+// ---- sending and receiving
+// -------------------------------------------------------------------------------------------
+
+// Two tagged words for 8 bytes, four for a unit.
+__device__ __forceinline__ void put_tagged(uint8_t* words, uint32_t unit, uint32_t epoch, uint4 v) {
+  st_16(words + unit * 32ull, make_uint4(v.x, epoch, v.y, epoch));
+  st_16(words + unit * 32ull + 16, make_uint4(v.z, epoch, v.w, epoch));
+}
+
+__device__ __noinline__ uint4 take_tagged_slowly(const AllToAllParams& p, Shared* s, const Op& op, int source,
+                                                 const uint8_t* words) {
+  uint32_t v[4] = {0, 0, 0, 0};
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    if (!wait_word(p.ws, reinterpret_cast<const uint64_t*>(words) + i, op.epoch, source, kPhaseRows, &v[i])) {
+      s->failed = 1;
+      break;
+    }
+  }
+  return make_uint4(v[0], v[1], v[2], v[3]);
+}
+
+__device__ __forceinline__ uint4 take_tagged(const AllToAllParams& p, Shared* s, const Op& op, int source,
+                                             const uint8_t* piece, uint32_t unit) {
+  const uint8_t* words = piece + unit * 32ull;
+  const uint4 a = ld_relaxed_sys_16(words), b = ld_relaxed_sys_16(words + 16);
+  if (a.y == op.epoch && a.w == op.epoch && b.y == op.epoch && b.w == op.epoch) return make_uint4(a.x, a.z, b.x, b.z);
+  return take_tagged_slowly(p, s, op, source, words);
+}
+
+__device__ __forceinline__ void send_all(const AllToAllParams& p, Shared* s, const Op& op, const Outbox& outbox,
+                                         uint32_t turn) {
+  const int me = p.ws.rank, num_ranks = p.ws.num_ranks;
+  const uint32_t turns = p.launch.num_senders;
+  int item = 0;
+#pragma unroll 1
+  for (int round = 0; round < s->rounds_to; ++round) {
+#pragma unroll 1
+    for (int step = 1; step < num_ranks; ++step) {
+      const int rank = (me + step) % num_ranks;
+      Peer& peer = peers(s)[rank];
+      const uint32_t chunk = (turn + turns - peer.base_to % turns) % turns + round * turns;
+      if (chunk >= peer.chunks_to) continue;
+      const Units u = units_of(peer.out.bytes, chunk, chunk_size(p, peer.out.bytes));
+      const bool is_small = is_tagged(p, peer.out.bytes);
+      const uint32_t slots = p.ws.ring_slots, slot = chunk % slots;
+      if (!is_small) outbox.begin(item);
+      bool free = true;
+      if (!is_small && chunk >= slots && threadIdx.x % 32 == 0) {
+        free = wait_at_least(p.ws, chunk_credit(p.ws, me, op.parity, rank, slot), op.epoch, chunk - slots + 1, rank,
+                             kPhaseCredits);
+        if (!free) s->failed = peer.lost = 1;
+      }
+      free = __shfl_sync(~0u, free, 0);
+      if (free) {
+        uint8_t* data = is_small ? tagged_piece(p.ws, rank, op.parity, me) + u.first * 32ull
+                                 : chunk_data(p.ws, rank, op.parity, me, slot);
+        read_box(p, p.x_stride, peer.out, u, [&](uint32_t unit, uint4 v) {
+          if (is_small) {
+            put_tagged(data, unit - u.first, op.epoch, v);
+          } else {
+            st_16(data + (unit - u.first) * 16ull, v);
+          }
+        });
+      }
+      if (is_small) continue;
+      if (threadIdx.x == 0) s->items[item % kOutbox] = make_uint2(rank, chunk);
+      outbox.finish(item);
+      ++item;
+    }
+  }
+}
+
+// [R] releases what wait [R] acquires.
+__device__ __forceinline__ void tell_chunks(const AllToAllParams& p, Shared* s, const Op& op, int first, int count) {
+  const int lane = threadIdx.x % 32;
+  if (lane >= count) return;
+  const uint2 item = s->items[(first + lane) % kOutbox];
+  const int rank = static_cast<int>(item.x);
+  if (*const_cast<volatile int32_t*>(&peers(s)[rank].lost) != 0) return;
+  st_relaxed_sys(chunk_flag(p.ws, rank, op.parity, p.ws.rank, item.y % p.ws.ring_slots), tagged(op.epoch, item.y + 1));
+}
+
+__device__ __forceinline__ void receive_all(const AllToAllParams& p, Shared* s, const Op& op, const Team& t) {
+  const int me = p.ws.rank, num_ranks = p.ws.num_ranks;
+  const uint32_t turns = p.num_receivers;
+#pragma unroll 1
+  for (int round = 0; round < s->rounds_from; ++round) {
+#pragma unroll 1
+    for (int step = 0; step < num_ranks; ++step) {
+      const int rank = (me + step) % num_ranks;
+      Peer& peer = peers(s)[rank];
+      const uint32_t chunk = (blockIdx.x + turns - peer.base_from % turns) % turns + round * turns;
+      if (chunk >= peer.chunks_from) continue;
+      if (rank == me) {
+        copy_own(p, peer.out, peer.in, units_of(peer.bytes_from, chunk, kSelfChunk));
+        continue;
+      }
+      const Units u = units_of(peer.bytes_from, chunk, chunk_size(p, peer.bytes_from));
+      const bool is_small = is_tagged(p, peer.bytes_from);
+      const uint32_t slots = p.ws.ring_slots, slot = chunk % slots;
+      bool here = true;
+      if (!is_small && threadIdx.x % 32 == 0) {  // [R]
+        here = wait_at_least(p.ws, chunk_flag(p.ws, me, op.parity, rank, slot), op.epoch, chunk + 1, rank, kPhaseRows);
+        if (!here) s->failed = 1;
+      }
+      here = __shfl_sync(~0u, here, 0);
+      if (here && !peer.wrong) {
+        const uint8_t* data = is_small ? tagged_piece(p.ws, me, op.parity, rank) + u.first * 32ull
+                                       : chunk_data(p.ws, me, op.parity, rank, slot);
+        write_box(p, p.out_stride, peer.in, u, [&](uint32_t unit) {
+          return is_small ? take_tagged(p, s, op, rank, data, unit - u.first)
+                          : ld_relaxed_sys_16(data + (unit - u.first) * 16ull);
+        });
+      }
+      if (!is_small && chunk + slots < peer.chunks_from) {
+        // Loads that went into stores are done: behind this barrier nobody needs the slot.
+        team_sync(t);
+        if (threadIdx.x == 0) {
+          st_relaxed_sys(chunk_credit(p.ws, rank, op.parity, me, slot), tagged(op.epoch, chunk + 1));
+        }
+      }
+    }
+  }
+}
+
+// A peer that is in another call waits for no credit of this one.
+__device__ __forceinline__ void free_strangers(const AllToAllParams& p, Shared* s, const Op& op) {
+#pragma unroll 1
+  for (int rank = 0; rank < p.ws.num_ranks; ++rank) {
+    const Peer& peer = peers(s)[rank];
+    if (rank == p.ws.rank || !peer.takes_part || peer.lost || !peer.wrong || peer.bytes_from != 0) continue;
+#pragma unroll 1
+    for (int slot = threadIdx.x; slot < p.ws.ring_slots; slot += kDataThreads) {
+      st_relaxed_sys(chunk_credit(p.ws, rank, op.parity, p.ws.rank, slot), tagged(op.epoch, 0xffffffffu));
+    }
+  }
+}
+
+__device__ __forceinline__ void write_status(const AllToAllParams& p, Shared* s, const Op& op) {
+  const int epoch = static_cast<int>(op.epoch & 0x7fffffff);
+  const int32_t words[8] = {
+      s->bits, static_cast<int32_t>(s->num_rows), static_cast<int32_t>(s->num_dropped), s->num_bad, 0, -1, epoch, 0};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) p.status[i] = words[i];
+  if (s->bits != 0) report(p.ws, s->bits, s->disagrees_with, kPhaseHeader, op.epoch);
+}
+
+// A peer was lost on the way: blocks may have seen it at different times and put pieces to different places, so the
+// whole result counts as zero.
+__device__ __noinline__ void clear_all(const AllToAllParams& p) {
+  uint64_t bytes = p.element_bytes;
+#pragma unroll 1
+  for (int d = 0; d < p.num_dims; ++d) {
+    bytes *= static_cast<uint64_t>(d == p.gather_at    ? p.gather_out * p.gather_unit
+                                   : d == p.scatter_at ? p.scatter_out * p.scatter_unit
+                                                       : p.size[d]);
+  }
+  uint8_t* out = static_cast<uint8_t*>(p.out);
+  const uint64_t whole = bytes / 16 * 16;
+#pragma unroll 1
+  for (uint64_t at = threadIdx.x * 16ull; at < whole; at += blockDim.x * 16ull) st_16(out + at, make_uint4(0, 0, 0, 0));
+  if (threadIdx.x < bytes - whole) out[whole + threadIdx.x] = 0;
+#pragma unroll 1
+  for (int rank = threadIdx.x; rank < p.ws.num_ranks; rank += blockDim.x) p.counts[rank] = 0;
+  if (threadIdx.x == 0) {
+    p.status[0] |= kTimeout;
+    p.status[1] = 0;
+  }
+}
+
+__global__ void __launch_bounds__(kAllToAllThreads, 1) all_to_all_kernel(const __grid_constant__ AllToAllParams p) {
+  extern __shared__ __align__(16) uint8_t memory[];
+  Shared* s = reinterpret_cast<Shared*>(memory);
+  const int first_sender = gridDim.x - p.launch.num_senders;
+  const bool sends = static_cast<int>(blockIdx.x) >= first_sender, receives = blockIdx.x < p.num_receivers;
+  const uint32_t turn = sends ? blockIdx.x - first_sender : 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) s->done[i] = 0;
+  if (threadIdx.x == 0) s->failed = s->posted = 0;
+  wait_for_earlier_kernels();
+  let_next_kernel_launch();
+  const Op op = begin_op(p.ws);
+  if (threadIdx.x < 32) lay_out_sent(p, s, op, turn);
+  __syncthreads();
+  const Team t = my_team(1);
+  const Outbox outbox{s->done, &s->posted};
+  if (t.poster) {
+    if (sends) {
+      outbox.post(s->num_items, kWarps, [&](int first, int count) { tell_chunks(p, s, op, first, count); });
+    }
+  } else {
+    if (sends) send_all(p, s, op, outbox, turn);
+    wait_headers(p, s, op);
+    team_sync(t);
+    if (threadIdx.x < 32) lay_out_received(p, s);
+    team_sync(t);
+    if (blockIdx.x == 0 && threadIdx.x == 0) write_status(p, s, op);
+    if (blockIdx.x == 0 && (s->bits & kDisagree) != 0) free_strangers(p, s, op);
+    if (receives) receive_all(p, s, op, t);
+    clear_box(p, s->tail);
+    clear_box(p, s->side);
+#pragma unroll 1
+    for (int rank = 0; rank < p.ws.num_ranks; ++rank) {
+      if (peers(s)[rank].wrong) clear_box(p, peers(s)[rank].in);
+    }
+  }
+  end_op(p.ws, op, &s->failed, [&] { clear_all(p); });
+}
+
+}  // namespace
+
+int launch_all_to_all(const AllToAllParams& p, void* stream) {
+  const uint64_t shared = sizeof(Shared) + sizeof(Peer) * p.ws.num_ranks;
+  return launch_kernel(all_to_all_kernel, p, p.launch, shared, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace epops
