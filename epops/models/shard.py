@@ -37,6 +37,25 @@ def slice_of(full: Tensor, shard: Shard, site: Site, rank: int) -> Tensor:
         return local
 
 
+UNREAD = "_epops_unread_"
+"""Before the name of a tensor: the buffer with this rank's part of those of its rows that nothing reads (`Shard.whole`).  It is
+saved with the tensor and in no state dict by itself; None until a model on the meta device was given the tensor."""
+
+
+def unread_slice(full: Tensor, shard: Shard, site: Site, rank: int) -> Tensor:
+    """A fresh tensor with this rank's part of the rows of ``full`` that belong to no expert: equal parts, the last ones short."""
+    share = -(-(shard.full_rows - shard.rows) // site.ep_size)
+    lo = min(shard.rows + rank * share, shard.full_rows)
+    return full[lo : min(lo + share, shard.full_rows)].detach().clone(memory_format=torch.contiguous_format)
+
+
+def keep_unread(holder: nn.Module, name: str, full: Tensor, shard: Shard, site: Site, rank: int) -> None:
+    """Keep what nothing reads of the unsharded tensor ``full`` that stands at ``name`` of ``holder``, for when it is saved."""
+    if shard.full_rows > shard.rows:
+        kept = None if full.is_meta else unread_slice(full, shard, site, rank)
+        holder.register_buffer(UNREAD + name, kept, persistent=False)
+
+
 def owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The submodule that holds the tensor ``path`` of ``module``, and its name there."""
     parent, _, name = path.rpartition(".")
@@ -65,6 +84,7 @@ def shard_in_place(module: nn.Module, rank: int, done: dict[int, Tensor]) -> Non
         if id(full) not in done:
             local = slice_of(full.detach(), shard, site, rank)
             done[id(full)] = nn.Parameter(local, full.requires_grad) if isinstance(full, nn.Parameter) else local
+        keep_unread(holder, name, full, shard, site, rank)
         setattr(holder, name, done[id(full)])
 
 

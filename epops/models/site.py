@@ -50,7 +50,7 @@ class Shard:
     """How a tensor of the unsharded layout lies on the ranks: rows ``[rank * L * unit, …)`` of its first dim.
 
     ``unit`` rows make one expert; ``rows`` is the unsharded number of them that belong to experts. ``whole`` is the number
-    of rows of the unsharded tensor where it has more, which nothing reads: they are dropped, and saved as zeros.
+    of rows of the unsharded tensor where it has more, which nothing reads: the ranks share them out and save them as they were.
     """
 
     rows: int

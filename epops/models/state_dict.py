@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Placement
 
-from .shard import local_range, slice_of
+from .shard import UNREAD, keep_unread, local_range, owner, slice_of
 from .site import Shard, Site, site_of
 
 _meshes: dict[str, DeviceMesh] = {}
@@ -48,7 +48,9 @@ def install(module: nn.Module, group: Any) -> None:
                 del state[prefix + path]
                 state.update({prefix + name: local[slot] for slot, name in enumerate(site.names[path][lo:hi])})
             else:
-                state[prefix + path] = _whole(local[: hi - lo], shard, site, mesh)
+                holder, name = owner(module, path)
+                unread = getattr(holder, UNREAD + name, None)
+                state[prefix + path] = _whole(local[: hi - lo], shard, site, mesh, unread)
 
     def load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         site = site_of(module)
@@ -57,6 +59,8 @@ def install(module: nn.Module, group: Any) -> None:
             if path in site.names:
                 _load_named(module, state, prefix, path, site.names[path], local_range(shard, site, rank))
             elif state.get(prefix + path) is not None:
+                if shard.whole:
+                    _load_unread(module, path, state[prefix + path], shard, site, rank)
                 state[prefix + path] = _rows(state[prefix + path], shard, site, rank)
 
     module.register_state_dict_post_hook(save)
@@ -68,30 +72,41 @@ def _is_chunked(shard: Shard, site: Site) -> bool:
     return shard.full_rows == shard.rows and site.num_slots * shard.unit == -(-shard.rows // site.ep_size)
 
 
-def _whole(local: Tensor, shard: Shard, site: Site, mesh: DeviceMesh | None) -> Tensor:
-    """This rank's rows as (part of) the unsharded tensor."""
+def _whole(local: Tensor, shard: Shard, site: Site, mesh: DeviceMesh | None, unread: Tensor | None = None) -> Tensor:
+    """This rank's rows as (part of) the unsharded tensor; rows that nothing reads are zeros unless ``unread`` has this rank's."""
     if mesh is None:
-        return (
-            torch.cat([local, local.new_zeros((shard.full_rows - shard.rows, *local.shape[1:]))])
-            if shard.whole
-            else local
-        )
+        if not shard.whole:
+            return local
+        rest = local.new_zeros((shard.full_rows - shard.rows, *local.shape[1:])) if unread is None else unread
+        return torch.cat([local, rest.to(local.dtype)])
     shape = torch.Size((shard.rows, *local.shape[1:]))
     if _is_chunked(shard, site):
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, mesh, [Placement(0)], run_check=False, shape=shape, stride=stride)
     # Rows that no DTensor layout describes (several rows an expert, not divisible by ranks) are gathered: every rank must
     # ask for its state dict, as it does for a distributed checkpoint anyway.
-    per_rank = site.num_slots * shard.unit
-    padded = local.new_zeros((per_rank, *local.shape[1:]))
+    per_rank, share = site.num_slots * shard.unit, -(-(shard.full_rows - shard.rows) // site.ep_size)
+    padded = local.new_zeros((per_rank + share, *local.shape[1:]))
     padded[: local.shape[0]].copy_(local)
+    if unread is not None:
+        padded[per_rank : per_rank + unread.shape[0]].copy_(unread)
     everything = [torch.empty_like(padded) for _ in range(site.ep_size)]
     torch.distributed.all_gather(everything, padded, group=mesh.get_group())
-    everything = [
-        torch.cat(everything)[: shard.rows],
-        local.new_zeros((shard.full_rows - shard.rows, *local.shape[1:])),
-    ]
-    return torch.cat(everything)
+    experts = torch.cat([one[:per_rank] for one in everything])[: shard.rows]
+    return torch.cat([experts, torch.cat([one[per_rank:] for one in everything])[: shard.full_rows - shard.rows]])
+
+
+def _load_unread(module: nn.Module, path: str, value: Tensor, shard: Shard, site: Site, rank: int) -> None:
+    """Keep what nothing reads of a tensor that is loaded, in the dtype and place of what was kept before."""
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    if not value.dim() or value.shape[0] != shard.full_rows:
+        return  # torch will say what it expected
+    holder, name = owner(module, path)
+    before = getattr(holder, UNREAD + name, None)
+    keep_unread(holder, name, value, shard, site, rank)
+    kept = getattr(holder, UNREAD + name)
+    if before is not None and not before.is_meta and kept is not None:
+        setattr(holder, UNREAD + name, kept.to(before))
 
 
 def _rows(value: Tensor, shard: Shard, site: Site, rank: int) -> Tensor:
