@@ -20,6 +20,7 @@ namespace {
 struct Peer {
   Box out;               // what goes there
   Box in;                // where what comes from there lies; where nothing may be put there, what to clear
+  int64_t expected;      // steps that this rank says come from there, where it does
   int64_t sent_at;       // first step of the piece for it
   uint64_t bytes_from;   // of the piece that comes
   uint32_t sent;         // steps of the piece for it
@@ -79,9 +80,30 @@ __device__ __forceinline__ T before(T value, T* total) {
   return first;
 }
 
-__device__ __forceinline__ int64_t expected_of(const AllToAllParams& p, int rank) {
-  if (p.output_splits != nullptr) return p.output_splits[rank];
-  return p.plan != nullptr ? p.plan[4 + 2 * p.ws.num_ranks + rank] : -1;
+// What the splits say of one rank, asked for before anything else is waited for.
+struct Given {
+  int64_t wanted, at, expected;
+  bool good_plan;
+  uint32_t dead;
+};
+
+__device__ __forceinline__ Given ask(const AllToAllParams& p, int rank) {
+  Given g{p.scatter_in / p.ws.num_ranks, 0, 0, true, 0};
+  if (rank >= p.ws.num_ranks) {
+    g.wanted = 0;
+    return g;
+  }
+  if (p.plan != nullptr) {
+    const int64_t* sections = p.plan + 4 + rank;
+    g.wanted = sections[0];
+    g.at = sections[p.ws.num_ranks];
+    g.expected = sections[2 * p.ws.num_ranks];
+    g.good_plan = p.plan[0] == 1 && p.plan[1] == p.ws.num_ranks;
+  }
+  if (p.input_splits != nullptr) g.wanted = p.input_splits[rank];
+  if (p.output_splits != nullptr) g.expected = p.output_splits[rank];
+  g.dead = ld_relaxed_sys(&control(p.ws, p.ws.rank)->dead[rank]);
+  return g;
 }
 
 __device__ __forceinline__ int share_of(uint32_t chunks, uint32_t base, uint32_t turn, uint32_t turns) {
@@ -91,25 +113,19 @@ __device__ __forceinline__ int share_of(uint32_t chunks, uint32_t base, uint32_t
 
 // Warp 0 of every block: the pieces that this rank sends, clamped to x whatever the splits say. Block 0 tells the
 // peers.
-__device__ __forceinline__ void lay_out_sent(const AllToAllParams& p, Shared* s, const Op& op, uint32_t turn) {
+__device__ __forceinline__ void lay_out_sent(const AllToAllParams& p, Shared* s, const Op& op, uint32_t turn,
+                                             Given given) {
   const int lane = threadIdx.x, num_ranks = p.ws.num_ranks, me = p.ws.rank;
   const bool same = p.scatter_at == p.gather_at;
   const bool expects = p.output_splits != nullptr || p.plan != nullptr;
-  const bool good_plan = p.plan == nullptr || (p.plan[0] == 1 && p.plan[1] == num_ranks);
-  const int64_t mine = same ? 0 : expects ? clamp(expected_of(p, me), p.gather_in) : p.gather_in;
   int64_t running = 0;
-  int num_bad = good_plan ? 0 : 1;
+  int num_bad = __any_sync(~0u, !given.good_plan);
 #pragma unroll 1
   for (int first = 0; first < num_ranks; first += 32) {
     const int rank = first + lane;
-    int64_t wanted = 0, at = 0;
-    if (rank < num_ranks) {
-      wanted = p.input_splits != nullptr ? p.input_splits[rank]
-               : p.plan != nullptr       ? p.plan[4 + rank]
-                                         : p.scatter_in / num_ranks;
-      if (p.plan != nullptr) at = p.plan[4 + num_ranks + rank];
-    }
-    if (!good_plan) wanted = at = 0;
+    if (first != 0) given = ask(p, rank);
+    const int64_t wanted = given.good_plan ? given.wanted : 0;
+    int64_t at = given.good_plan ? given.at : 0;
     const int64_t in_x = clamp(wanted, p.scatter_in);
     const int64_t follows = before(in_x, &running);
     if (p.plan == nullptr) at = follows;
@@ -119,10 +135,13 @@ __device__ __forceinline__ void lay_out_sent(const AllToAllParams& p, Shared* s,
       Peer& peer = peers(s)[rank];
       peer.sent_at = from;
       peer.sent = static_cast<uint32_t>(split);
-      peer.takes_part = rank == me || (!op.excluded && !is_dead(p.ws, rank));
+      peer.expected = given.expected;
+      peer.takes_part = rank == me || (!op.excluded && given.dead == 0);
       peer.lost = peer.wrong = 0;
     }
   }
+  __syncwarp();  // lanes change ranks
+  const int64_t mine = same ? 0 : expects ? clamp(peers(s)[me].expected, p.gather_in) : p.gather_in;
   if (blockIdx.x == 0 && !op.excluded) {
 #pragma unroll 1
     for (int rank = lane; rank < num_ranks; rank += 32) {
@@ -132,7 +151,6 @@ __device__ __forceinline__ void lay_out_sent(const AllToAllParams& p, Shared* s,
       st_relaxed_sys(header(p.ws, rank, op.parity, me) + 3, tagged(op.epoch, static_cast<uint32_t>(mine)));
     }
   }
-  __syncwarp();  // lanes change ranks
   uint32_t chunks_before = 0, most = 0;
   int num_items = 0;
 #pragma unroll 1
@@ -217,7 +235,7 @@ __device__ __forceinline__ void lay_out_received(const AllToAllParams& p, Shared
       const bool absent = !peer.takes_part || peer.lost || peer.wrong;  // wrong: of another op, its sizes mean nothing
       if (absent) peer.split = peer.came = 0;
       if (same) peer.came = peer.split;
-      const int64_t expected = expected_of(p, rank);
+      const int64_t expected = peer.expected;
       if (!absent && ((expects && peer.came != expected) || (!same && peer.split != own_split))) {
         peer.wrong = 1;
         bits |= kDisagree;
@@ -272,13 +290,14 @@ __device__ __forceinline__ void lay_out_received(const AllToAllParams& p, Shared
   if (lane == 0) {
     const int64_t end = clamp(placed_before, p.gather_out), split = clamp(own_split, p.scatter_out);
     const int64_t empty = p.gather_out - end;
-    make_box(p, p.out_stride, &s->tail, out + end * step_bytes, same ? empty : p.scatter_out, empty,
-             same ? empty : p.scatter_out, empty);
-    if (!same) {
+    s->tail.bytes = s->side.bytes = 0;
+    if (empty > 0) {
+      make_box(p, p.out_stride, &s->tail, out + end * step_bytes, same ? empty : p.scatter_out, empty,
+               same ? empty : p.scatter_out, empty);
+    }
+    if (!same && split < p.scatter_out) {
       make_box(p, p.out_stride, &s->side, out + split * p.scatter_unit * p.out_stride[p.scatter_at],
                p.scatter_out - split, end, p.scatter_out - split, end);
-    } else {
-      s->side.bytes = 0;
     }
     s->bits |= bits | (dropped != 0 ? kOverflow : 0);
     s->num_rows = rows;
@@ -342,15 +361,12 @@ __device__ __forceinline__ void send_all(const AllToAllParams& p, Shared* s, con
       }
       free = __shfl_sync(~0u, free, 0);
       if (free) {
-        uint8_t* data = is_small ? tagged_piece(p.ws, rank, op.parity, me) + u.first * 32ull
-                                 : chunk_data(p.ws, rank, op.parity, me, slot);
-        read_box(p, p.x_stride, peer.out, u, [&](uint32_t unit, uint4 v) {
-          if (is_small) {
-            put_tagged(data, unit - u.first, op.epoch, v);
-          } else {
-            st_16(data + (unit - u.first) * 16ull, v);
-          }
-        });
+        if (is_small) {
+          uint8_t* words = tagged_piece(p.ws, rank, op.parity, me);
+          read_box(p, peer.out, u, [&](uint32_t unit, uint4 v) { put_tagged(words, unit, op.epoch, v); });
+        } else {
+          fill_slot(p, peer.out, u, chunk_data(p.ws, rank, op.parity, me, slot));
+        }
       }
       if (is_small) continue;
       if (threadIdx.x == 0) s->items[item % kOutbox] = make_uint2(rank, chunk);
@@ -395,12 +411,12 @@ __device__ __forceinline__ void receive_all(const AllToAllParams& p, Shared* s, 
       }
       here = __shfl_sync(~0u, here, 0);
       if (here && !peer.wrong) {
-        const uint8_t* data = is_small ? tagged_piece(p.ws, me, op.parity, rank) + u.first * 32ull
-                                       : chunk_data(p.ws, me, op.parity, rank, slot);
-        write_box(p, p.out_stride, peer.in, u, [&](uint32_t unit) {
-          return is_small ? take_tagged(p, s, op, rank, data, unit - u.first)
-                          : ld_relaxed_sys_16(data + (unit - u.first) * 16ull);
-        });
+        if (is_small) {
+          const uint8_t* words = tagged_piece(p.ws, me, op.parity, rank);
+          write_box(p, peer.in, u, [&](uint32_t unit) { return take_tagged(p, s, op, rank, words, unit); });
+        } else {
+          empty_slot(p, peer.in, u, chunk_data(p.ws, me, op.parity, rank, slot));
+        }
       }
       if (!is_small && chunk + slots < peer.chunks_from) {
         // Loads that went into stores are done: behind this barrier nobody needs the slot.
@@ -469,8 +485,10 @@ __global__ void __launch_bounds__(kAllToAllThreads, 1) all_to_all_kernel(const _
   if (threadIdx.x == 0) s->failed = s->posted = 0;
   wait_for_earlier_kernels();
   let_next_kernel_launch();
+  Given given{};
+  if (threadIdx.x < 32) given = ask(p, threadIdx.x);
   const Op op = begin_op(p.ws);
-  if (threadIdx.x < 32) lay_out_sent(p, s, op, turn);
+  if (threadIdx.x < 32) lay_out_sent(p, s, op, turn, given);
   __syncthreads();
   const Team t = my_team(1);
   const Outbox outbox{s->done, &s->posted};
@@ -484,9 +502,9 @@ __global__ void __launch_bounds__(kAllToAllThreads, 1) all_to_all_kernel(const _
     team_sync(t);
     if (threadIdx.x < 32) lay_out_received(p, s);
     team_sync(t);
-    if (blockIdx.x == 0 && threadIdx.x == 0) write_status(p, s, op);
     if (blockIdx.x == 0 && (s->bits & kDisagree) != 0) free_strangers(p, s, op);
     if (receives) receive_all(p, s, op, t);
+    if (blockIdx.x == 0 && threadIdx.x == 0) write_status(p, s, op);
     clear_box(p, s->tail);
     clear_box(p, s->side);
 #pragma unroll 1

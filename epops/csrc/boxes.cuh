@@ -22,6 +22,7 @@ struct Box {
   uint32_t run, run_limit;     // elements of a row, likewise
   uint32_t rows;               // 2 stands for all numbers above
   uint32_t step;               // 16 bytes at most: addresses, rows and limits are multiples of it
+  uint32_t plain;              // one run without limits, in steps of 16 bytes
 };
 
 // ---- boxes: which places, and where byte i of a stream lies
@@ -32,13 +33,14 @@ inline __device__ __noinline__ void make_box(const AllToAllParams& p, const int6
                                              int64_t along_s, int64_t along_g, int64_t limit_s, int64_t limit_g) {
   const int last = p.num_dims - 1;
   uint64_t bytes = p.element_bytes, together = base;
-  uint32_t rows = 1;
+  uint32_t rows = 1, whole = 1;
 #pragma unroll 1
   for (int d = 0; d <= last; ++d) {
     int64_t n = p.size[d], limit = n;
     if (d == p.scatter_at) n = along_s * p.scatter_unit, limit = limit_s * p.scatter_unit;
     if (d == p.gather_at) n = along_g * p.gather_unit, limit = limit_g * p.gather_unit;
     bytes *= static_cast<uint64_t>(n);
+    whole &= limit == n;
     if (d == last) {
       box->run = static_cast<uint32_t>(n);
       box->run_limit = static_cast<uint32_t>(limit);
@@ -58,6 +60,7 @@ inline __device__ __noinline__ void make_box(const AllToAllParams& p, const int6
   box->rows = rows;
   const uint32_t low = static_cast<uint32_t>(together & 15);
   box->step = low == 0 ? 16 : low & (~low + 1);
+  box->plain = low == 0 && rows == 1 && whole != 0;
 }
 
 template <int kStep>
@@ -189,23 +192,60 @@ inline __device__ __noinline__ void write_rest(const AllToAllParams& p, const in
   }
 }
 
-// ---- copies: whole units first to last by the threads of a block, kDeep of them in flight a thread
-// -------------------
+// ---- copies: whole units first to last by the threads of a block
+// -----------------------------------------------------
 
-template <int kDeep, class Get, class Put>
-__device__ __forceinline__ void copy_units(uint32_t first, uint32_t last, Get get, Put put) {
+// kDeep loads of a thread are on their way at once. All addresses come before them, and what would be too much is read
+// twice and not stored: a branch between loads would wait for each.
+template <class From, class To, class Load, class Store>
+__device__ __forceinline__ void copy_units(uint32_t first, uint32_t last, From from, To to, Load load, Store store) {
+  constexpr int kDeep = 8;
+  uint32_t at = first + threadIdx.x;
+  if (last - first > kDataThreads) {
 #pragma unroll 1
-  for (uint32_t at = first + threadIdx.x; at < last; at += kDeep * kDataThreads) {
-    uint4 v[kDeep];
+    for (; at < last; at += kDeep * kDataThreads) {
+      uint64_t source[kDeep], target[kDeep];
 #pragma unroll
-    for (int i = 0; i < kDeep; ++i) {
-      if (at + i * kDataThreads < last) v[i] = get(at + i * kDataThreads);
-    }
+      for (int i = 0; i < kDeep; ++i) {
+        const uint32_t unit = at + i * kDataThreads;
+        source[i] = from(unit < last ? unit : at);
+        target[i] = to(unit < last ? unit : at);
+        if (unit >= last) target[i] = 0;
+      }
+      uint4 v[kDeep];
 #pragma unroll
-    for (int i = 0; i < kDeep; ++i) {
-      if (at + i * kDataThreads < last) put(at + i * kDataThreads, v[i]);
+      for (int i = 0; i < kDeep; ++i) v[i] = load(source[i]);
+#pragma unroll
+      for (int i = 0; i < kDeep; ++i) {
+        if (target[i] != 0) store(target[i], v[i]);
+      }
     }
+  } else if (at < last) {
+    const uint64_t target = to(at);
+    const uint4 v = load(from(at));
+    if (target != 0) store(target, v);
   }
+}
+
+struct InLine {  // units that follow one another from unit `first` at `base`
+  uint64_t base;
+  uint32_t first;
+  __device__ __forceinline__ uint64_t operator()(uint32_t unit) const { return base + (unit - first) * 16ull; }
+};
+
+__device__ __forceinline__ uint4 load_plain(uint64_t from) {
+  return ld_no_allocate(reinterpret_cast<const void*>(from));
+}
+__device__ __forceinline__ uint4 load_ring(uint64_t from) {
+  return ld_relaxed_sys_16(reinterpret_cast<const void*>(from));
+}
+__device__ __forceinline__ void store_plain(uint64_t to, uint4 v) { st_16(reinterpret_cast<void*>(to), v); }
+
+// One unit after the other, where a unit has several steps or its words are tagged.
+template <class Get, class Put>
+__device__ __forceinline__ void copy_singly(uint32_t first, uint32_t last, Get get, Put put) {
+#pragma unroll 1
+  for (uint32_t unit = first + threadIdx.x; unit < last; unit += kDataThreads) put(unit, get(unit));
 }
 
 // Units of a chunk: [first, last) whole ones, and whether the stream's last, smaller one follows them.
@@ -220,16 +260,10 @@ __device__ __forceinline__ Units units_of(uint64_t bytes, uint32_t chunk, uint32
   return {static_cast<uint32_t>(from / 16), static_cast<uint32_t>(to / 16), to % 16 != 0};
 }
 
-template <class Put>
-__device__ __forceinline__ void read_box(const AllToAllParams& p, const int64_t* stride, const Box& b, Units u,
-                                         Put put) {
-  const auto with = [&](auto step) {
-    constexpr int kStep = decltype(step)::value;
-    const uint32_t run = run_steps<kStep>(p, b);
-    copy_units<kStep == 16 ? 8 : 1>(
-        u.first, u.last, [&](uint32_t unit) { return read_unit<kStep>(p, stride, b, run, unit); }, put);
-  };
-  switch (b.step) {
+// `with(step)` for the steps of a box.
+template <class With>
+__device__ __forceinline__ void for_step(uint32_t step, With with) {
+  switch (step) {
     case 16:
       with(std::integral_constant<int, 16>{});
       break;
@@ -245,65 +279,87 @@ __device__ __forceinline__ void read_box(const AllToAllParams& p, const int64_t*
     default:
       with(std::integral_constant<int, 1>{});
   }
-  if (u.rest && threadIdx.x == kDataThreads - 1) put(u.last, read_rest(p, stride, b, u.last));
+}
+
+// Units of a box through `put`, and from `get` into a box, singly.
+template <class Put>
+__device__ __forceinline__ void read_box(const AllToAllParams& p, const Box& b, Units u, Put put) {
+  for_step(b.step, [&](auto step) {
+    constexpr int kStep = decltype(step)::value;
+    const uint32_t run = run_steps<kStep>(p, b);
+    copy_singly(u.first, u.last, [&](uint32_t unit) { return read_unit<kStep>(p, p.x_stride, b, run, unit); }, put);
+  });
+  if (u.rest && threadIdx.x == kDataThreads - 1) put(u.last, read_rest(p, p.x_stride, b, u.last));
 }
 
 template <class Get>
-__device__ __forceinline__ void write_box(const AllToAllParams& p, const int64_t* stride, const Box& b, Units u,
-                                          Get get) {
-  const auto with = [&](auto step) {
+__device__ __forceinline__ void write_box(const AllToAllParams& p, const Box& b, Units u, Get get) {
+  for_step(b.step, [&](auto step) {
     constexpr int kStep = decltype(step)::value;
     const uint32_t run = run_steps<kStep>(p, b);
-    copy_units<kStep == 16 ? 8 : 1>(u.first, u.last, get,
-                                    [&](uint32_t unit, uint4 v) { write_unit<kStep>(p, stride, b, run, unit, v); });
-  };
-  switch (b.step) {
-    case 16:
-      with(std::integral_constant<int, 16>{});
-      break;
-    case 8:
-      with(std::integral_constant<int, 8>{});
-      break;
-    case 4:
-      with(std::integral_constant<int, 4>{});
-      break;
-    case 2:
-      with(std::integral_constant<int, 2>{});
-      break;
-    default:
-      with(std::integral_constant<int, 1>{});
-  }
-  if (u.rest && threadIdx.x == kDataThreads - 1) write_rest(p, stride, b, u.last, get(u.last));
+    copy_singly(u.first, u.last, get,
+                [&](uint32_t unit, uint4 v) { write_unit<kStep>(p, p.out_stride, b, run, unit, v); });
+  });
+  if (u.rest && threadIdx.x == kDataThreads - 1) write_rest(p, p.out_stride, b, u.last, get(u.last));
 }
 
-// From x to the result; where either side has smaller steps, by elements.
-__device__ __forceinline__ void copy_own(const AllToAllParams& p, const Box& from, const Box& to, Units u) {
-  if (from.step == 16 && to.step == 16) {
-    const uint32_t run_from = run_steps<16>(p, from), run_to = run_steps<16>(p, to);
-    copy_units<8>(
-        u.first, u.last, [&](uint32_t unit) { return read_unit<16>(p, p.x_stride, from, run_from, unit); },
-        [&](uint32_t unit, uint4 v) { write_unit<16>(p, p.out_stride, to, run_to, unit, v); });
+// From x to a slot of the ring.
+__device__ __forceinline__ void fill_slot(const AllToAllParams& p, const Box& b, Units u, uint8_t* slot) {
+  const InLine to{reinterpret_cast<uint64_t>(slot), u.first};
+  const auto put = [&](uint32_t unit, uint4 v) { store_plain(to(unit), v); };
+  if (b.step != 16) {
+    read_box(p, b, u, put);
+    return;
+  }
+  if (b.plain) {
+    copy_units(u.first, u.last, InLine{b.base, 0}, to, load_plain, store_plain);
   } else {
-    const auto with = [&](auto step) {
+    const uint32_t run = run_steps<16>(p, b);
+    copy_units(
+        u.first, u.last, [&](uint32_t unit) { return locate<16>(p, p.x_stride, b, run, unit); }, to, load_plain,
+        store_plain);
+  }
+  if (u.rest && threadIdx.x == kDataThreads - 1) put(u.last, read_rest(p, p.x_stride, b, u.last));
+}
+
+// From a slot of the ring to the result.
+__device__ __forceinline__ void empty_slot(const AllToAllParams& p, const Box& b, Units u, const uint8_t* slot) {
+  const InLine from{reinterpret_cast<uint64_t>(slot), u.first};
+  const auto get = [&](uint32_t unit) { return load_ring(from(unit)); };
+  if (b.step != 16) {
+    write_box(p, b, u, get);
+    return;
+  }
+  if (b.plain) {
+    copy_units(u.first, u.last, from, InLine{b.base, 0}, load_ring, store_plain);
+  } else {
+    const uint32_t run = run_steps<16>(p, b);
+    copy_units(
+        u.first, u.last, from, [&](uint32_t unit) { return locate<16>(p, p.out_stride, b, run, unit); }, load_ring,
+        store_plain);
+  }
+  if (u.rest && threadIdx.x == kDataThreads - 1) write_rest(p, p.out_stride, b, u.last, get(u.last));
+}
+
+// From x to the result; where either side has smaller steps, by those.
+__device__ __forceinline__ void copy_own(const AllToAllParams& p, const Box& from, const Box& to, Units u) {
+  if (from.plain && to.plain) {
+    copy_units(u.first, u.last, InLine{from.base, 0}, InLine{to.base, 0}, load_plain, store_plain);
+  } else if (from.step == 16 && to.step == 16) {
+    const uint32_t run_from = run_steps<16>(p, from), run_to = run_steps<16>(p, to);
+    copy_units(
+        u.first, u.last, [&](uint32_t unit) { return locate<16>(p, p.x_stride, from, run_from, unit); },
+        [&](uint32_t unit) { return locate<16>(p, p.out_stride, to, run_to, unit); }, load_plain, store_plain);
+  } else {
+    for_step(from.step < to.step ? from.step : to.step, [&](auto step) {
       constexpr int kStep = decltype(step)::value;
-      const uint32_t run_from = run_steps<kStep>(p, from), run_to = run_steps<kStep>(p, to);
-      copy_units<1>(
-          u.first, u.last, [&](uint32_t unit) { return read_unit<kStep>(p, p.x_stride, from, run_from, unit); },
-          [&](uint32_t unit, uint4 v) { write_unit<kStep>(p, p.out_stride, to, run_to, unit, v); });
-    };
-    switch (from.step < to.step ? from.step : to.step) {
-      case 8:
-        with(std::integral_constant<int, 8>{});
-        break;
-      case 4:
-        with(std::integral_constant<int, 4>{});
-        break;
-      case 2:
-        with(std::integral_constant<int, 2>{});
-        break;
-      default:
-        with(std::integral_constant<int, 1>{});
-    }
+      if constexpr (kStep < 16) {
+        const uint32_t run_from = run_steps<kStep>(p, from), run_to = run_steps<kStep>(p, to);
+        copy_singly(
+            u.first, u.last, [&](uint32_t unit) { return read_unit<kStep>(p, p.x_stride, from, run_from, unit); },
+            [&](uint32_t unit, uint4 v) { write_unit<kStep>(p, p.out_stride, to, run_to, unit, v); });
+      }
+    });
   }
   if (u.rest && threadIdx.x == kDataThreads - 1) {
     write_rest(p, p.out_stride, to, u.last, read_rest(p, p.x_stride, from, u.last));
@@ -315,7 +371,7 @@ inline __device__ __noinline__ void clear_box(const AllToAllParams& p, const Box
   const uint64_t chunks = (b.bytes + kSelfChunk - 1) / kSelfChunk;
 #pragma unroll 1
   for (uint64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    write_box(p, p.out_stride, b, units_of(b.bytes, static_cast<uint32_t>(chunk), kSelfChunk),
+    write_box(p, b, units_of(b.bytes, static_cast<uint32_t>(chunk), kSelfChunk),
               [](uint32_t) { return make_uint4(0, 0, 0, 0); });
   }
 }
