@@ -25,7 +25,7 @@ MAX_RANKS, MAX_TOP_K = _C.max_ranks, _C.max_top_k
 ARCHS = [name for name in _C.cuda_archs.split(";") if name]
 QUANT_MATHS = {"divide": 0, "multiply": 1, "reciprocal": 2, "reciprocal_exact": 3}
 SHARED_BYTES = 150 << 10  # what a block takes at most, where it has a choice
-LINE_TOKENS, LINE_MEMORY = 512, 64 << 20  # what lines have room for: tokens a peer, bytes a rank
+LINE_TOKENS, LINE_MEMORY = 256, 64 << 20  # what lines have room for: tokens a peer, bytes a rank
 TABLE_WORDS = 16 << 10  # selections that every block of a dispatch by lines reads, or counts that it keeps
 QUANT_BLOCKS = words.QUANT_BLOCKS
 
@@ -67,8 +67,8 @@ class Tuning:
     spare_sms_throughput: int = 32
     decode_tokens: int = 160
     middle_tokens: int = 1024
-    dispatch_line_tokens: int = 512
-    combine_line_tokens: int = 512
+    dispatch_line_tokens: int = 160
+    combine_line_tokens: int = 0
     limit_blocks: int = 0
     pdl: int = 1
     extra: dict[str, Plan] = field(default_factory=dict)
@@ -126,8 +126,8 @@ def lay_out(rank: int, num_ranks: int, sizes: Sizes, timeout: float) -> tuple[An
     peers = num_ranks - 1
     ws.line_bytes = line_bytes(sizes.row_bytes + 512, 4, sizes.top_k)
     ws.line_tokens = min(sizes.max_tokens, LINE_TOKENS, LINE_MEMORY // (2 * max(1, peers * ws.line_bytes)))
-    # Records of one op, or of two where they are small and travel often: ops that share the room wait for one another.
-    copies = 2 if ws.line_tokens < sizes.max_tokens <= 1024 else 1
+    # Records of one op, or of two where they are small: ops that share the room wait for one another.
+    copies = 2 if sizes.max_tokens <= 1024 else 1
     ws.data_bytes = copies * peers * sizes.max_tokens * sizes.row_bytes
     ws.timeout_ns = int(timeout * 1e9)
     return ws, ws.layout()

@@ -119,14 +119,14 @@ def test_any_number_of_ranks(num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 7, 16, 72])
 @pytest.mark.parametrize("layout", ["expert", "rank"])
-def test_few_tokens_by_flags(num_ranks, layout):
-    """Records and flags, which carry large batches, with few tokens: several chunks a block, and blocks without one."""
+@pytest.mark.parametrize("lines", [0, 256])
+def test_few_tokens_by_lines_and_by_flags(num_ranks, layout, lines):
+    """Both ways that rows travel, whatever the defaults choose; by flags some blocks have several chunks and some none."""
     shape = Shape(
         num_ranks, 45, 4, num_ranks * 4, 4, 256, 16 if layout == "expert" else 1, layout, tokens=(45, 5, 0, 31)
     )
-    ranks = Ranks(
-        num_ranks, sizes_for(shape), tuning=kernels.Tuning(dispatch_line_tokens=0, combine_line_tokens=0, num_sms=8)
-    )
+    tuning = kernels.Tuning(dispatch_line_tokens=lines, combine_line_tokens=lines, num_sms=8)
+    ranks = Ranks(num_ranks, sizes_for(shape), tuning=tuning)
     for seed in range(2):
         run_pair(ranks, shape, seed, repeat=2)
     run_pair(ranks, shape, 9, quant=kernels.QuantSettings())
@@ -245,7 +245,7 @@ def test_gradients(layout, max_tokens):
     from epops.reference import combine as ref
 
     shape = Shape(3, max_tokens, 4, 12, 4, 256, alignment=4 if layout == "expert" else 1, layout=layout)
-    ranks = Ranks(3, sizes_for(shape))
+    ranks = Ranks(3, sizes_for(shape), tuning=kernels.Tuning(combine_line_tokens=256))
     device = ranks.device
     got, _, want = run_pair(ranks, shape, 8)
     settings = dict(num_experts=12, num_slots=4, max_tokens=max_tokens, layout=layout, top_k=4)
