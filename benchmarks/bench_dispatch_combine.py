@@ -211,6 +211,24 @@ def ceilings(rank: int, world: int) -> dict[str, float]:
     return found
 
 
+def vdev_2d(rank: int, tokens: list[int]) -> dict[str, Any]:
+    """Microseconds of torch's `symm_mem.all_to_all_vdev_2d` by tokens, or {"missing": why}; in processes of its own."""
+    environment = {**os.environ, "MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + 1)}
+    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # rank 0 of the child makes its own store
+    command = [sys.executable, str(Path(__file__).with_name("bench_vdev_2d.py")), "--tokens", *map(str, tokens)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        if rank != 0:
+            return {}
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
+        return json.loads(lines[-1]) if lines else {"missing": f"exit status {done.returncode}: {last}"}
+    except subprocess.TimeoutExpired:
+        return {"missing": "did not end within 60 s"}
+    finally:
+        dist.barrier()
+
+
 def sweep(rank: int, world: int, tokens: list[int]) -> list[dict[str, Any]]:
     """Times of both ops over launch plans, to set the defaults from."""
     rows = []
@@ -252,7 +270,9 @@ def sweep(rank: int, world: int, tokens: list[int]) -> list[dict[str, Any]]:
 
 TRACE_POINTS = {
     "dispatch": "start, after earlier kernels, group state, counted, placed, told, sent, counts came, frame, rows, end",
+    "dispatch_lines": "start, after earlier kernels, group state, sent, selections came, frame, rows, end",
     "combine": "start, after earlier kernels, group state, sent, told, -, rows, end",
+    "combine_lines": "start, after earlier kernels, group state, sent, -, -, rows, end",
 }
 
 
@@ -266,10 +286,11 @@ def trace(rank: int, world: int, tokens: list[int]) -> None:
         for op in ("dispatch", "combine"):
             time = graph_time(getattr(runner, op), 10, 3)
             plan = runner.group.transport.plan(op, count, 7168)
-            clocks = torch.tensor(_C.read_trace(op), dtype=torch.int64).view(256, 12)[: plan.num_blocks]
+            kernel = op + "_lines" * plan.lines
+            clocks = torch.tensor(_C.read_trace(kernel), dtype=torch.int64).view(256, 12)[: plan.num_blocks]
             if rank == 0:
-                print(f"trace {op} {count}: {time:.1f} us")
-                for point, name in enumerate(TRACE_POINTS[op].split(", ")):
+                print(f"trace {kernel} {count}: {time:.1f} us")
+                for point, name in enumerate(TRACE_POINTS[kernel].split(", ")):
                     since = (clocks[:, point] - clocks[:, 0]).float() / 1980
                     since = since[clocks[:, point] >= clocks[:, 0]]
                     if name != "-" and since.numel():
@@ -333,6 +354,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['facts']['date']}, commit {result['facts']['commit']}",
         f"command: {result['facts']['command']}",
         "ceilings: " + ", ".join(f"{name} {value:.1f}" for name, value in result["ceilings"].items()),
+        "symm_mem.all_to_all_vdev_2d, one way, bf16, 32 experts, us by tokens: " + json.dumps(result["vdev_2d"]),
         "",
         "| tokens a rank x hidden, wire, layout | pair us | dispatch us | combine us | wire MB out, back "
         "| of the link | peer MiB |",
@@ -425,9 +447,10 @@ def main() -> None:
             for tokens in (128, 4096):
                 cases += [Case(tokens, wire="bf16"), Case(tokens, layout="rank"), Case(tokens, skew=True)]
                 cases += [Case(tokens, hidden=2048), Case(tokens, hidden=2880, wire="bf16")]
-        result: dict[str, Any] = {"facts": facts(world), "ceilings": {}, "cases": []}
+        result: dict[str, Any] = {"facts": facts(world), "ceilings": {}, "vdev_2d": {}, "cases": []}
         if not chosen.no_ceilings:
             result["ceilings"] = ceilings(rank, world)
+            result["vdev_2d"] = vdev_2d(rank, sorted(REACH))
         for number, case in enumerate(cases):
             result["cases"].append(measure(case, rank, world, number))
             if rank == 0:

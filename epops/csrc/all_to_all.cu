@@ -487,7 +487,7 @@ __global__ void __launch_bounds__(kAllToAllThreads, 1) all_to_all_kernel(const _
   let_next_kernel_launch();
   Given given{};
   if (threadIdx.x < 32) given = ask(p, threadIdx.x);
-  const Op op = begin_op(p.ws);
+  const Op op = begin_op(p.ws, 0);  // its rows lie in the ring, not in the data area
   if (threadIdx.x < 32) lay_out_sent(p, s, op, turn, given);
   __syncthreads();
   const Team t = my_team(1);
@@ -512,7 +512,7 @@ __global__ void __launch_bounds__(kAllToAllThreads, 1) all_to_all_kernel(const _
       if (peers(s)[rank].wrong) clear_box(p, peers(s)[rank].in);
     }
   }
-  end_op(p.ws, op, &s->failed, [&] { clear_all(p); });
+  end_op(p.ws, op, 0, &s->failed, [&] { clear_all(p); });
 }
 
 }  // namespace

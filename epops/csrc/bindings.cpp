@@ -51,6 +51,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("max_tokens") = kMaxTokens;
   m.attr("max_dims") = kMaxDims;
   m.attr("all_to_all_threads") = kAllToAllThreads;
+  m.attr("count_words") = kCountWords;
+  m.def("max_chunks", &max_chunks);
 
   py::class_<Workspace> ws(m, "Workspace");
   ws.def(py::init([] { return Workspace{}; }))
@@ -59,6 +61,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("max_tokens", &Workspace::max_tokens)
       .def_readwrite("max_top_k", &Workspace::max_top_k)
       .def_readwrite("max_slots", &Workspace::max_slots)
+      .def_readwrite("line_tokens", &Workspace::line_tokens)
+      .def_readwrite("line_bytes", &Workspace::line_bytes)
       .def_readwrite("data_bytes", &Workspace::data_bytes)
       .def_readwrite("ring_bytes", &Workspace::ring_bytes)
       .def_readonly("ring_slots", &Workspace::ring_slots)
@@ -80,6 +84,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("recv_warps", &Launch::recv_warps)
       .def_readwrite("dynamic", &Launch::dynamic)
       .def_readwrite("phases", &Launch::phases)
+      .def_readwrite("lines", &Launch::lines)
       .def_readwrite("pdl", &Launch::pdl);
 
   py::class_<Quant>(m, "Quant")
@@ -120,8 +125,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("out_scale_bytes", &DispatchParams::out_scale_bytes)
       .def_readwrite("record_bytes", &DispatchParams::record_bytes)
       .def_readwrite("tiles", &DispatchParams::tiles)
+      .def_readwrite("chunk_tokens", &DispatchParams::chunk_tokens)
+      .def_readwrite("num_chunks", &DispatchParams::num_chunks)
+      .def_readwrite("line_bytes", &DispatchParams::line_bytes)
       .def_readwrite("call_hash", &DispatchParams::call_hash)
-      .def("shared_bytes", &dispatch_shared_bytes);
+      .def("shared_bytes", &dispatch_shared_bytes)
+      .def("lines_shared_bytes", &dispatch_lines_shared_bytes);
   address(d, "x", &DispatchParams::x);
   address(d, "x_scales", &DispatchParams::x_scales);
   address(d, "topk_idx", &DispatchParams::topk_idx);
@@ -155,6 +164,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("hidden", &CombineParams::hidden)
       .def_readwrite("rank_layout", &CombineParams::rank_layout)
       .def_readwrite("record_bytes", &CombineParams::record_bytes)
+      .def_readwrite("line_bytes", &CombineParams::line_bytes)
       .def_readwrite("call_hash", &CombineParams::call_hash);
   address(c, "y", &CombineParams::y);
   address(c, "row_weights", &CombineParams::row_weights);
@@ -228,10 +238,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   address(a, "status", &AllToAllParams::status);
 
   m.def("launch_dispatch", [](const DispatchParams& p, uintptr_t stream) {
-    check(launch_dispatch(p, reinterpret_cast<void*>(stream)), "dispatch");
+    const auto launch = p.launch.lines != 0 ? launch_dispatch_lines : launch_dispatch;
+    check(launch(p, reinterpret_cast<void*>(stream)), "dispatch");
   });
   m.def("launch_combine", [](const CombineParams& p, uintptr_t stream) {
-    check(launch_combine(p, reinterpret_cast<void*>(stream)), "combine");
+    const auto launch = p.launch.lines != 0 ? launch_combine_lines : launch_combine;
+    check(launch(p, reinterpret_cast<void*>(stream)), "combine");
   });
   m.def("launch_scatter", [](const ScatterParams& p, uintptr_t stream) {
     check(launch_scatter(p, reinterpret_cast<void*>(stream)), "combine_backward");
@@ -242,7 +254,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #ifdef EPOPS_TRACE
   m.def("read_trace", [](const std::string& op) {
     std::vector<uint64_t> clocks(256 * 12);
-    check(op == "dispatch" ? read_dispatch_trace(clocks.data()) : read_combine_trace(clocks.data()), "read_trace");
+    const auto read = op == "dispatch"         ? read_dispatch_trace
+                      : op == "dispatch_lines" ? read_dispatch_lines_trace
+                      : op == "combine_lines"  ? read_combine_lines_trace
+                                               : read_combine_trace;
+    check(read(clocks.data()), "read_trace");
     return clocks;
   });
 #endif

@@ -12,12 +12,13 @@ namespace epops {
 namespace {
 
 template <class G>
-__device__ __forceinline__ void send_token(const ScatterParams& p, const Op& op, const Route& route, int token) {
+__device__ __forceinline__ void send_token(const ScatterParams& p, const Op& op, const Route& route,
+                                           const uint8_t* gone, int token) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
   int peer;
   const int num = distinct_ranks(route.rank(token, lane), &peer);
   const uint64_t mine =
-      lane < num && peer != me
+      lane < num && peer != me && gone[peer] == 0
           ? reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token, p.max_tokens, p.record_bytes))
           : 0;
   const G* from = static_cast<const G*>(p.grad_out) + static_cast<int64_t>(token) * p.hidden;
@@ -87,15 +88,15 @@ __device__ __forceinline__ void receive_token(const ScatterParams& p, const Op& 
 }
 
 // Flags of a block's items [first, first + count) to the peers that have a row of the token: others do not wait for it.
-__device__ __forceinline__ void tell_peers(const ScatterParams& p, const Op& op, const Route& route, int first,
-                                           int count) {
+__device__ __forceinline__ void tell_peers(const ScatterParams& p, const Op& op, const Route& route,
+                                           const uint8_t* gone, int first, int count) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int item = first; item < first + count; ++item) {
     const int token = item * p.launch.num_senders + static_cast<int>(blockIdx.x);
     int peer;
     const int num = distinct_ranks(route.rank(token, lane), &peer);
-    if (lane < num && peer != p.ws.rank && !is_dead(p.ws, peer)) {
+    if (lane < num && peer != p.ws.rank && gone[peer] == 0) {
       st_relaxed_sys(flag(p.ws, peer, op.parity, p.ws.rank, token), tagged(op.epoch, 1));
     }
   }
@@ -105,35 +106,40 @@ template <class G, class Y>
 __global__ void __launch_bounds__(kCombineThreads, 1) scatter_kernel(const __grid_constant__ ScatterParams p) {
   __shared__ uint32_t done[kOutbox];
   __shared__ int32_t posted, failed;
+  __shared__ uint8_t gone[kMaxRanks];  // 1: dead when the op began; 2: did not open it
 #pragma unroll 1
   for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) done[i] = 0;
   if (threadIdx.x == 0) posted = failed = 0;
   wait_for_earlier_kernels();
   let_next_kernel_launch();
-  const Op op = begin_op(p.ws);
+  const uint64_t region = region_bytes(p.ws, p.max_tokens, p.record_bytes);
+  const Op op = begin_op(p.ws, region);
   const Team t = my_team(1);
   const Route route(p);
   const int lane = threadIdx.x % 32, num_ranks = p.ws.num_ranks, me = p.ws.rank;
+  const bool sends = (p.launch.phases & 1) != 0 && !op.excluded && blockIdx.x < p.launch.num_senders;
+  if (sends && blockIdx.x == 0 && t.poster) {
+#pragma unroll 1
+    for (int peer = lane; peer < num_ranks; peer += 32) {
+      if (route.takes_part(p.ws, peer)) {
+        post_header(p.ws, op, peer, p.num_tokens, p.call_hash, route.good ? 0 : kBadRoute);
+      }
+    }
+  }
+  find_gone(p.ws, op, route, sends, gone);
   __syncthreads();
-  if ((p.launch.phases & 1) != 0 && !op.excluded && blockIdx.x < p.launch.num_senders) {
+  if (threadIdx.x < num_ranks && gone[threadIdx.x] == 2) failed = 1;
+  if (sends) {
     const Outbox outbox{done, &posted};
     const int num =
         p.num_tokens > static_cast<int>(blockIdx.x) ? (p.num_tokens - 1 - blockIdx.x) / p.launch.num_senders + 1 : 0;
     if (t.poster) {
-      if (blockIdx.x == 0) {
-#pragma unroll 1
-        for (int peer = lane; peer < num_ranks; peer += 32) {
-          if (route.takes_part(p.ws, peer)) {
-            post_header(p.ws, op, peer, p.num_tokens, p.call_hash, route.good ? 0 : kBadRoute);
-          }
-        }
-      }
-      outbox.post(num, t.parts, [&](int first, int count) { tell_peers(p, op, route, first, count); });
+      outbox.post(num, t.parts, [&](int first, int count) { tell_peers(p, op, route, gone, first, count); });
     } else if (t.id >= 0) {
 #pragma unroll 1
       for (int item = t.id; item < num; item += t.num_teams) {
         outbox.begin(item);
-        send_token<G>(p, op, route, item * p.launch.num_senders + static_cast<int>(blockIdx.x));
+        send_token<G>(p, op, route, gone, item * p.launch.num_senders + static_cast<int>(blockIdx.x));
         outbox.finish(item);
       }
     }
@@ -159,7 +165,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) scatter_kernel(const __gri
       if (__shfl_sync(~0u, came, 0) != 0) receive_token<G, Y>(p, op, route, source, token, row);
     }
   }
-  end_op(p.ws, op, &failed, [&] {
+  end_op(p.ws, op, region, &failed, [&] {
     if (threadIdx.x == 0) p.status[0] |= op.excluded ? kExcluded : kTimeout;
   });
 }

@@ -23,10 +23,10 @@ __device__ __forceinline__ void trace(int) {}
 // last.
 struct Control {
   uint64_t progress;
-  uint32_t num_failed;  // blocks of this op that met a failure
-  uint32_t excluded;    // nonzero: a peer took this rank out of its mask at that epoch; peers store it
-  uint32_t work[2];     // chunks taken by groups, by parity
-  uint32_t unused[2];
+  uint32_t num_failed;       // blocks of this op that met a failure
+  uint32_t excluded;         // nonzero: a peer took this rank out of its mask at that epoch; peers store it
+  uint32_t work[2];          // chunks taken by groups, by parity
+  uint64_t region[2];        // bytes of the data area that the last op of this parity used
   uint32_t dead[kMaxRanks];  // 1: took too long once
 };
 constexpr uint64_t kEpochStep = 1 << 16;
@@ -38,6 +38,7 @@ struct Op {
   uint32_t epoch;
   int parity;
   bool excluded;
+  bool overlaps;  // this op's records lie where the op before has some
 };
 
 __device__ __forceinline__ Control* control(const Workspace& ws, int rank) {
@@ -46,9 +47,10 @@ __device__ __forceinline__ Control* control(const Workspace& ws, int rank) {
 __device__ __forceinline__ uint64_t* header(const Workspace& ws, int owner, int parity, int source) {
   return reinterpret_cast<uint64_t*>(ws.base[owner] + kHeaderOffset) + (parity * kMaxRanks + source) * 4;
 }
-__device__ __forceinline__ uint64_t* counts(const Workspace& ws, int owner, int parity, int source) {
+__device__ __forceinline__ uint64_t* counts(const Workspace& ws, int owner, int parity, int source, int chunk) {
   return reinterpret_cast<uint64_t*>(ws.base[owner] + ws.counts_offset) +
-         static_cast<uint64_t>(parity * ws.num_ranks + source) * (ws.max_slots + 1);
+         static_cast<uint64_t>((parity * ws.num_ranks + source) * max_chunks(ws.num_ranks) + chunk) *
+             (ws.max_slots + kCountWords);
 }
 __device__ __forceinline__ uint64_t* flag(const Workspace& ws, int owner, int parity, int source, int token) {
   return reinterpret_cast<uint64_t*>(ws.base[owner] + ws.flags_offset) +
@@ -58,11 +60,27 @@ __device__ __forceinline__ uint2* entries(const Workspace& ws, int owner, int pa
   return reinterpret_cast<uint2*>(ws.base[owner] + ws.entries_offset) +
          (static_cast<uint64_t>(parity * ws.num_ranks + source) * ws.max_tokens + token) * ws.max_top_k;
 }
+__device__ __forceinline__ uint64_t* selections(const Workspace& ws, int owner, int parity, int source) {
+  return reinterpret_cast<uint64_t*>(ws.base[owner] + ws.selections_offset) +
+         static_cast<uint64_t>(parity * ws.num_ranks + source) * ws.line_tokens * ((ws.max_top_k + 1) / 2);
+}
+// Lines of `token` of rank `source`; like records, a rank keeps none for itself.
+__device__ __forceinline__ uint8_t* lines_of(const Workspace& ws, int owner, int parity, int source, int token,
+                                             int line_bytes) {
+  const uint64_t place = parity * (ws.num_ranks - 1) + (source < owner ? source : source - 1);
+  return reinterpret_cast<uint8_t*>(ws.base[owner] + ws.lines_offset) +
+         place * ws.line_tokens * static_cast<uint64_t>(ws.line_bytes) + static_cast<uint64_t>(token) * line_bytes;
+}
+// Bytes of the data area that an op takes.
+__device__ __forceinline__ uint64_t region_bytes(const Workspace& ws, int max_tokens, int record_bytes) {
+  return static_cast<uint64_t>(ws.num_ranks - 1) * max_tokens * record_bytes;
+}
 // Slot of `token` of rank `source` in the memory of `owner`; a rank keeps no slots for itself.
 __device__ __forceinline__ uint8_t* record(const Workspace& ws, int owner, int parity, int source, int token,
                                            int max_tokens, int record_bytes) {
   const uint64_t index = static_cast<uint64_t>(source < owner ? source : source - 1) * max_tokens + token;
-  return reinterpret_cast<uint8_t*>(ws.base[owner] + ws.data_offset) + parity * ws.data_bytes + index * record_bytes;
+  const uint64_t start = parity == 0 ? 0 : ws.data_bytes - region_bytes(ws, max_tokens, record_bytes);
+  return reinterpret_cast<uint8_t*>(ws.base[owner] + ws.data_offset) + start + index * record_bytes;
 }
 
 __device__ __forceinline__ uint64_t tagged(uint32_t epoch, uint32_t value) {
@@ -71,12 +89,13 @@ __device__ __forceinline__ uint64_t tagged(uint32_t epoch, uint32_t value) {
 
 // Every block reads the epoch for itself; blocks of one op agree, for `progress` reaches the next epoch only with the
 // last.
-__device__ __forceinline__ Op begin_op(const Workspace& ws) {
+__device__ __forceinline__ Op begin_op(const Workspace& ws, uint64_t region) {
   Control* here = control(ws, ws.rank);
   Op op;
   op.epoch = static_cast<uint32_t>(ld_relaxed_gpu(&here->progress) / kEpochStep) + 1;
   op.parity = op.epoch & 1;
   op.excluded = ld_relaxed_sys(&here->excluded) != 0;
+  op.overlaps = region != 0 && ld_relaxed_gpu(&here->region[op.parity ^ 1]) + region > ws.data_bytes;
   return op;
 }
 
@@ -159,6 +178,14 @@ __device__ __forceinline__ void post_header(const Workspace& ws, const Op& op, i
 // Words of a header, one a thread: T, the hash of the call, status bits.
 constexpr int kHeaderWords = 3;
 
+// Whether rows may be stored at `peer`; by the threads of a block that sends, after this rank has posted its header. A
+// peer that has opened this op has read all rows of the one before.
+__device__ __forceinline__ bool may_store(const Workspace& ws, const Op& op, int peer) {
+  uint32_t unused;
+  return !op.overlaps || peer == ws.rank ||
+         wait_word(ws, header(ws, ws.rank, op.parity, peer), op.epoch, peer, kPhaseHeader, &unused);
+}
+
 // Every rank opens every op with a header to every peer, and ends it only when it has theirs: see Workspace. Warp 0 of
 // one block waits for them, a lane a word, and writes the status; `takes_part(rank)` says whose to wait for.
 template <class Params, class TakesPart>
@@ -196,7 +223,8 @@ __device__ __forceinline__ void close_headers(const Params& p, const Op& op, boo
 
 // The last thing a block does. `mend` runs in one block, after all others are done, when a peer was lost on the way.
 template <class Mend>
-__device__ __forceinline__ void end_op(const Workspace& ws, const Op& op, int* failed_here, Mend mend) {
+__device__ __forceinline__ void end_op(const Workspace& ws, const Op& op, uint64_t region, int* failed_here,
+                                       Mend mend) {
   __shared__ uint32_t order;
   Control* here = control(ws, ws.rank);
   const uint64_t share = blockIdx.x == 0 ? kEpochStep - (gridDim.x - 1) : 1;
@@ -222,7 +250,10 @@ __device__ __forceinline__ void end_op(const Workspace& ws, const Op& op, int* f
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    if (blockIdx.x == 0) here->work[op.parity ^ 1] = 0;  // of the next op; nobody else looks at it now
+    if (blockIdx.x == 0) {
+      here->work[op.parity ^ 1] = 0;  // of the next op; nobody else looks at it now
+      here->region[op.parity] = region;
+    }
     atomicAdd(reinterpret_cast<unsigned long long*>(&here->progress), static_cast<unsigned long long>(share));
   }
 }

@@ -16,19 +16,23 @@ constexpr int kMaxSlots = 4096;       // an entry packs the slot in 12 bits and 
 constexpr int kMaxTokens = 1 << 20;
 
 // One rank's memory, mapped by all peers, zero before the first op. The same offsets on every rank. Tagged areas
-// (headers, counts, flags) hold 64-bit words {epoch, value} and are never used for anything else, so that what an
-// earlier op left there cannot be taken for this op's. Everything but the control block exists twice: op s uses copy s
-// % 2. A rank that sees a word of op s from a peer knows that the peer has finished op s - 1, so copy (s + 1) % 2 there
-// is free to write.
+// (headers, counts, flags, selections) hold 64-bit words {epoch, value}, lines 16 bytes of which the last 4 are the
+// epoch (lines.cuh); they are never used for anything else, so that what an earlier op left there cannot be taken for
+// this op's. Everything but the control block and the data exists twice: op s uses copy s % 2. A rank that sees a word
+// of op s from a peer knows that the peer has finished op s - 1, so copy (s + 1) % 2 there is free to write. The data
+// area is one: even ops use its low end, odd ops its high end, and an op that overlaps the one before waits for a word
+// of its own from a peer before it stores rows there.
 struct Workspace {
   uint64_t base[kMaxRanks];
-  uint64_t counts_offset;   // [2][R][max_slots + 1] tagged
-  uint64_t flags_offset;    // [2][R][max_tokens] tagged
-  uint64_t entries_offset;  // [2][R][max_tokens][max_top_k] 8 bytes
-  uint64_t data_offset;     // [2][R - 1][M] records
-  uint64_t data_bytes;      // of one copy
-  uint64_t ring_offset;     // of all_to_all, see ring.cuh; nothing where ring_bytes is 0
-  uint64_t ring_bytes;      // of its chunks, both copies
+  uint64_t counts_offset;      // [2][R][max_chunks(R)][max_slots + kCountWords] tagged
+  uint64_t flags_offset;       // [2][R][max_tokens] tagged
+  uint64_t entries_offset;     // [2][R][max_tokens][max_top_k] 8 bytes
+  uint64_t selections_offset;  // [2][R][line_tokens][(max_top_k + 1) / 2] tagged
+  uint64_t lines_offset;       // [2][R - 1][line_tokens] records of at most line_bytes
+  uint64_t data_offset;        // [R - 1][M] records, from the low or the high end
+  uint64_t data_bytes;
+  uint64_t ring_offset;  // of all_to_all, see ring.cuh; nothing where ring_bytes is 0
+  uint64_t ring_bytes;   // of its chunks, both copies
   uint64_t timeout_ns;
   int32_t* error_host;  // (8,) pinned, or null: bits, peer, phase, epoch
   int32_t rank;
@@ -36,10 +40,19 @@ struct Workspace {
   int32_t max_tokens;
   int32_t max_top_k;
   int32_t max_slots;
+  int32_t line_tokens;   // tokens that the lines have room for, 0 none
+  int32_t line_bytes;    // of one token's
   int32_t ring_slots;    // chunks that a pair has room for
   int32_t slot_bytes;    // of one chunk at most
   int32_t tagged_bytes;  // a piece up to this size travels as tagged words
 };
+
+constexpr int kCountWords = 3;  // beside a chunk's slots: its tokens for the rank, bad and repeated selections
+constexpr int kMaxChunks = 32;
+// Chunks that a rank's tokens are counted in, at most: receivers add up those of all ranks one by one.
+constexpr int max_chunks(int num_ranks) {
+  return num_ranks >= 128 ? 1 : 128 / num_ranks < kMaxChunks ? 128 / num_ranks : kMaxChunks;
+}
 
 // How an op is laid over the chip, from M alone. A team of some warps carries one token at a time; the last warp
 // of a block tells peers (team.cuh). Nothing here need be equal on all ranks.
@@ -51,6 +64,7 @@ struct Launch {
   int32_t recv_warps;
   int32_t dynamic;  // warps take tokens from a counter as they come free; only with one warp a token received
   int32_t phases;   // 1 send, 2 receive, 3 both
+  int32_t lines;    // rows travel as lines (lines.cuh), which need no flags; equal on all ranks, as the call's hash is
   int32_t pdl;
 };
 
@@ -99,7 +113,10 @@ struct DispatchParams {
   int32_t num_scales;
   int32_t wire_scale_bytes, out_scale_bytes;  // of one scale; 4 or 1
   int32_t record_bytes;
-  int32_t tiles;  // of 32 tokens, placed together
+  int32_t tiles;         // of 32 tokens, placed together
+  int32_t chunk_tokens;  // tokens that are counted together; from sizes alone, as peers read the counts
+  int32_t num_chunks;    // of max_tokens
+  int32_t line_bytes;    // of a token's lines
   uint32_t call_hash;
 };
 
@@ -118,6 +135,7 @@ struct CombineParams {
   int32_t in_dtype, out_dtype;
   int32_t num_tokens, max_tokens, top_k, num_experts, num_slots, num_rows, hidden, rank_layout;
   int32_t record_bytes;
+  int32_t line_bytes;  // of a token's lines
   uint32_t call_hash;
 };
 
@@ -183,15 +201,20 @@ enum Phase : int32_t { kPhaseHeader = 1, kPhaseCounts = 2, kPhaseRows = 3, kPhas
 uint64_t layout_workspace(Workspace& ws);
 // Bytes of dynamic shared memory that the kernels need; the host compares with the device's limit.
 uint64_t dispatch_shared_bytes(const DispatchParams& p);
+uint64_t dispatch_lines_shared_bytes(const DispatchParams& p);
 // Launch on `stream`; return a cudaError_t.
 int launch_dispatch(const DispatchParams& p, void* stream);
+int launch_dispatch_lines(const DispatchParams& p, void* stream);
 int launch_combine(const CombineParams& p, void* stream);
+int launch_combine_lines(const CombineParams& p, void* stream);
 int launch_scatter(const ScatterParams& p, void* stream);
 int launch_all_to_all(const AllToAllParams& p, void* stream);
 
 #ifdef EPOPS_TRACE
 int read_dispatch_trace(uint64_t* out);  // (256, 12)
+int read_dispatch_lines_trace(uint64_t* out);
 int read_combine_trace(uint64_t* out);
+int read_combine_lines_trace(uint64_t* out);
 #endif
 
 }  // namespace epops

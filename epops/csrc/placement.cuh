@@ -5,64 +5,33 @@
 
 namespace epops {
 
-// Waits for the header and counts of every rank, a word a thread. On return `total[source * (L + 1) + slot]` is the
-// number of rows for the slot from sources before, `tally` the rows of a slot, `start` the first row of its group;
-// kBits gathers every rank's bits. By all warps but the poster.
-__device__ __forceinline__ void wait_counts(const DispatchParams& p, const Places& s, const Op& op, const Team& t) {
-  const int stride = p.num_slots + 1;
-  const int wanted = p.num_slots + (p.layout == kRank ? 1 : 0);
-  const int words = kHeaderWords + wanted;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < p.ws.num_ranks * words; i += t.num_threads) {
-    const int source = i / words, word = i % words - kHeaderWords;
-    if (op.excluded || s.takes_part[source] == 0) {
-      s.lost[source] = 1;
-      if (op.excluded) atomicOr(&s.words[kBits], kExcluded);
-      continue;
-    }
-    const uint64_t* from = word < 0 ? header(p.ws, p.ws.rank, op.parity, source) + (word + kHeaderWords)
-                                    : counts(p.ws, p.ws.rank, op.parity, source) + word;
-    uint32_t value = 0;
-    // A peer whose call differs may have sent other counts: its hash, seen by another thread, ends this wait.
-    if (!wait_word(p.ws, from, op.epoch, source, word < 0 ? kPhaseHeader : kPhaseCounts, &value, &s.lost[source])) {
-      *const_cast<volatile uint32_t*>(&s.lost[source]) = 1;
-      s.words[kFailed] = 1;
-      if (ld_relaxed_sys(&control(p.ws, p.ws.rank)->excluded) != 0) {
-        atomicOr(&s.words[kBits], kExcluded);
-      } else if (is_dead(p.ws, source)) {
-        atomicOr(&s.words[kBits], kTimeout);
-      }
-    } else if (word >= 0) {
-      s.total[source * stride + word] = min(value, static_cast<uint32_t>(p.max_tokens));
-    } else if (word == -kHeaderWords) {
-      s.num_tokens[source] = static_cast<int>(min(value, static_cast<uint32_t>(p.max_tokens)));
-    } else if (word == -kHeaderWords + 1) {
-      if (value != p.call_hash) {
-        *const_cast<volatile uint32_t*>(&s.lost[source]) = 1;
-        atomicOr(&s.words[kBits], kDisagree);
-        report(p.ws, kDisagree, source, kPhaseHeader, op.epoch);
-      }
-    } else if (value != 0) {
-      atomicOr(&s.words[kBits], static_cast<int>(value));
-    }
+// A wait for a word of `source` has ended without it.
+__device__ __forceinline__ void lose_source(const DispatchParams& p, const Places& s, int source) {
+  *const_cast<volatile uint32_t*>(&s.lost[source]) = 1;
+  s.words[kFailed] = 1;
+  if (ld_relaxed_sys(&control(p.ws, p.ws.rank)->excluded) != 0) {
+    atomicOr(&s.words[kBits], kExcluded);
+  } else if (is_dead(p.ws, source)) {
+    atomicOr(&s.words[kBits], kTimeout);
   }
-  team_sync(t);
-#pragma unroll 1
-  for (int slot = threadIdx.x; slot < stride; slot += t.num_threads) {
-    uint32_t sum = 0;
-#pragma unroll 1
-    for (int source = 0; source < p.ws.num_ranks; ++source) {
-      const uint32_t value = s.lost[source] != 0 || slot >= wanted ? 0 : s.total[source * stride + slot];
-      s.total[source * stride + slot] = sum;
-      sum += value;
-    }
-    s.tally[slot] = sum;
-  }
-#pragma unroll 1
-  for (int source = threadIdx.x; source < p.ws.num_ranks; source += t.num_threads) {
-    if (s.lost[source] != 0) s.num_tokens[source] = -1;
-  }
-  team_sync(t);
+}
+
+__device__ __forceinline__ void check_hash(const DispatchParams& p, const Places& s, const Op& op, int source,
+                                           uint32_t hash) {
+  if (hash == p.call_hash) return;
+  *const_cast<volatile uint32_t*>(&s.lost[source]) = 1;
+  atomicOr(&s.words[kBits], kDisagree);
+  report(p.ws, kDisagree, source, kPhaseHeader, op.epoch);
+}
+
+// Selections of a source that counted as -1: its bits are everybody's, their number its own.
+__device__ __forceinline__ void note_bad(const DispatchParams& p, const Places& s, int source, bool repeated, int num) {
+  atomicOr(&s.words[kBits], repeated ? kDuplicate : kBadIndex);
+  if (source == p.ws.rank) atomicAdd(&s.words[repeated ? kNumRepeated : kNumBad], num);
+}
+
+// Where each slot's group starts, from `tally`, by the first warp.
+__device__ __forceinline__ void find_starts(const DispatchParams& p, const Places& s) {
   if (threadIdx.x < 32) {  // running starts: one warp, 32 slots a step
     const int lane = threadIdx.x;
     int carry = 0, kept = 0;
@@ -92,14 +61,86 @@ __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Place
       s.words[kKept] = kept;
     }
   }
+}
+
+// Waits for the header and counts of every rank, words by threads. On return `total` has the rows for a slot from
+// sources and chunks before, `tally` the rows of a slot, `start` the first row of its group; kBits gathers every rank's
+// bits. By all warps but the poster.
+__device__ __forceinline__ void wait_counts(const DispatchParams& p, const Places& s, const Op& op, const Team& t) {
+  constexpr int kAhead = 4;  // words on their way
+  const int stride = p.num_slots + 1, words = p.num_slots + kCountWords;
+  const int of_source = 2 + p.num_chunks * words, all = p.ws.num_ranks * of_source;
+#pragma unroll 1
+  for (int source = threadIdx.x; source < p.ws.num_ranks; source += t.num_threads) {
+    if (op.excluded || s.takes_part[source] == 0) s.lost[source] = 1;
+    if (op.excluded) atomicOr(&s.words[kBits], kExcluded);
+  }
+#pragma unroll 1
+  for (int i0 = threadIdx.x; i0 < all; i0 += kAhead * t.num_threads) {
+    const uint64_t* from[kAhead];
+    uint64_t now[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const int i = i0 + a * t.num_threads, source = i / of_source, word = i % of_source - 2;
+      from[a] = nullptr;
+      if (i >= all || op.excluded || s.takes_part[source] == 0) continue;
+      from[a] = word < 0 ? header(p.ws, p.ws.rank, op.parity, source) + (word + 2)
+                         : counts(p.ws, p.ws.rank, op.parity, source, word / words) + word % words;
+      now[a] = ld_relaxed_sys(from[a]);
+    }
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      if (from[a] == nullptr) continue;
+      const int i = i0 + a * t.num_threads, source = i / of_source, word = i % of_source - 2;
+      uint32_t value = static_cast<uint32_t>(now[a]);
+      // A peer whose call differs may have sent other counts: its hash, seen by another thread, ends this wait.
+      if (static_cast<uint32_t>(now[a] >> 32) != op.epoch &&
+          !wait_slowly(p.ws, from[a], op.epoch, source, word < 0 ? kPhaseHeader : kPhaseCounts, &value,
+                       &s.lost[source])) {
+        lose_source(p, s, source);
+      } else if (word == -2) {
+        s.num_tokens[source] = static_cast<int>(min(value, static_cast<uint32_t>(p.max_tokens)));
+      } else if (word == -1) {
+        check_hash(p, s, op, source, value);
+      } else if (word % words < stride) {
+        s.total[(source * p.num_chunks + word / words) * stride + word % words] =
+            min(value, static_cast<uint32_t>(p.max_tokens));
+      } else if (value != 0) {
+        note_bad(p, s, source, word % words > stride, static_cast<int>(value));
+      }
+    }
+  }
+  team_sync(t);
+#pragma unroll 1
+  for (int slot = threadIdx.x; slot < stride; slot += t.num_threads) {
+    uint32_t sum = 0;
+#pragma unroll 1
+    for (int source = 0; source < p.ws.num_ranks; ++source) {
+      uint32_t* at = s.total + source * p.num_chunks * stride + slot;
+      const bool counts = s.lost[source] == 0;
+#pragma unroll 4
+      for (int chunk = 0; chunk < p.num_chunks; ++chunk, at += stride) {
+        const uint32_t value = counts ? *at : 0;
+        *at = sum;
+        sum += value;
+      }
+    }
+    s.tally[slot] = sum;
+  }
+#pragma unroll 1
+  for (int source = threadIdx.x; source < p.ws.num_ranks; source += t.num_threads) {
+    if (s.lost[source] != 0) s.num_tokens[source] = -1;
+  }
+  team_sync(t);
+  find_starts(p, s);
   team_sync(t);
 }
 
-// A row's number from its source, slot and position; -2 where it found no room.
-__device__ __forceinline__ int row_of(const DispatchParams& p, const Places& s, int source, int slot, int position) {
+// A row's number from its chunk (of all ranks'), slot and position; -2 where it found no room.
+__device__ __forceinline__ int row_of(const DispatchParams& p, const Places& s, int chunk, int slot, int position) {
   const int stride = p.num_slots + 1;
-  const int64_t row = p.layout == kRank ? int64_t{s.total[source * stride + p.num_slots]} + position
-                                        : int64_t{s.start[slot]} + s.total[source * stride + slot] + position;
+  const int64_t row = p.layout == kRank ? int64_t{s.total[chunk * stride + p.num_slots]} + position
+                                        : int64_t{s.start[slot]} + s.total[chunk * stride + slot] + position;
   return row < p.capacity ? static_cast<int>(row) : -2;
 }
 
@@ -169,8 +210,9 @@ __device__ __forceinline__ void write_frame(const DispatchParams& p, const Place
     if (p.layout == kRank) {
 #pragma unroll 1
       for (int source = here_thread; source < p.ws.num_ranks; source += here) {
-        const int end = source + 1 < p.ws.num_ranks ? s.total[(source + 1) * (p.num_slots + 1) + p.num_slots]
-                                                    : s.tally[p.num_slots];
+        const int end = source + 1 < p.ws.num_ranks
+                            ? s.total[(source + 1) * p.num_chunks * (p.num_slots + 1) + p.num_slots]
+                            : s.tally[p.num_slots];
         p.expert_ends[source] = min(end, p.capacity);
       }
     }

@@ -31,6 +31,27 @@ __device__ __forceinline__ void st_relaxed_sys(uint32_t* address, uint32_t value
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
+// All 16 bytes at once: PTX has 128-bit scalars since ISA 8.3, and a relaxed access of one is as indivisible as one of
+// 64 bits. A vector of four words would not be.
+__device__ __forceinline__ uint4 ld_relaxed_sys_16(const void* address) {
+  uint64_t low, high;
+  asm volatile("{\n\t.reg .b128 value;\n\tld.relaxed.sys.global.b128 value, [%2];\n\tmov.b128 {%0, %1}, value;\n\t}"
+               : "=l"(low), "=l"(high)
+               : "l"(address)
+               : "memory");
+  return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+                    static_cast<uint32_t>(high >> 32));
+}
+
+__device__ __forceinline__ void st_relaxed_sys_16(void* address, uint4 v) {
+  const uint64_t low = v.x | static_cast<uint64_t>(v.y) << 32, high = v.z | static_cast<uint64_t>(v.w) << 32;
+  asm volatile(
+      "{\n\t.reg .b128 value;\n\tmov.b128 value, {%1, %2};\n\tst.relaxed.sys.global.b128 [%0], value;\n\t}" ::"l"(
+          address),
+      "l"(low), "l"(high)
+      : "memory");
+}
+
 __device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 __device__ __forceinline__ void fence_acq_rel_cta() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
@@ -48,16 +69,6 @@ __device__ __forceinline__ uint4 ld_no_allocate(const void* address) {
 __device__ __forceinline__ uint2 ld_no_allocate8(const void* address) {
   uint2 v;
   asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address) : "memory");
-  return v;
-}
-
-// The same for memory that is written again and again while this kernel runs: always from the L2.
-__device__ __forceinline__ uint4 ld_relaxed_sys_16(const void* address) {
-  uint4 v;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address)
-               : "memory");
   return v;
 }
 

@@ -46,6 +46,17 @@ struct Route {
   }
 };
 
+// Ranks that nothing is stored at: dead ones, and, where rows lie where those of the op before did, such as have not
+// opened this op. By all threads of a block, after the rank has posted its headers.
+__device__ __forceinline__ void find_gone(const Workspace& ws, const Op& op, const Route& route, bool sends,
+                                          uint8_t* gone) {
+#pragma unroll 1
+  for (int rank = threadIdx.x; rank < ws.num_ranks; rank += blockDim.x) {
+    gone[rank] = is_dead(ws, rank);
+    if (sends && gone[rank] == 0 && route.takes_part(ws, rank) && !may_store(ws, op, rank)) gone[rank] = 2;
+  }
+}
+
 // Ranks that take part in a token, ascending: lane i holds the i-th. Returns how many. All lanes call it.
 __device__ __forceinline__ int distinct_ranks(int rank_of_selection, int* rank_of_lane) {
   const int lane = threadIdx.x % 32;

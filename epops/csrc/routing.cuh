@@ -1,9 +1,10 @@
 // The sender's half of placement: which slot each selection goes to, and its position among this rank's rows for that
 // slot.
 //
-// Every sending block counts all selections of its rank, and those before its own tokens: a few kilobytes from the L2
-// instead of a kernel or a grid barrier before the first byte moves. Within its tokens, one bit a token and key gives
-// the order.
+// Tokens are counted in chunks, whose sizes follow from the call's, so that all ranks know them; receivers add the
+// chunks up. A sending block counts the chunk of its own tokens, where several share one, with those before its own,
+// and needs nothing from another block: no kernel and no grid barrier comes before the first byte. Within its tokens,
+// one bit a token and key gives the order.
 #pragma once
 
 #include "team.cuh"
@@ -12,45 +13,47 @@ namespace epops {
 
 // A key is a (rank, slot) pair, and one more for each rank, (rank, L): its rows in the rank layout, one a token.
 struct Places {
-  uint32_t* total;       // [keys] selections of all tokens of this rank
-  uint32_t* before;      // [keys] those of tokens before the ones at hand
+  uint32_t* total;       // [R * chunks][L + 1] rows for a slot from sources and chunks before
+  uint32_t* count;       // [keys] selections of the chunk at hand
+  uint32_t* before;      // [keys] those of its tokens before the ones at hand
   uint32_t* bits;        // [keys * tiles] which of 32 tokens of a tile have the key
   int32_t* start;        // [L + 1] first row of each slot's group
   int32_t* tally;        // [L + 1] rows of each slot, from all ranks
-  int32_t* num_tokens;   // [R] T of each source
+  int32_t* num_tokens;   // [R] T of each source, -1 where nothing of it counts
   int32_t* takes_part;   // [R]
   int32_t* expert_slot;  // [E] slot << 8 | rank, -1 none
   int32_t* slot;         // [kPlaceEntries] of the tokens at hand: global slot << 8 | rank, or -1
   int32_t* position;     // [kPlaceEntries]
   uint32_t* lost;        // [R] nonzero: nothing of this source counts
-  int32_t* hashes;       // [R] of each source's call
+  uint32_t* closed;      // [R] nonzero: nothing is stored there
   uint32_t* done;        // [kOutbox]
   int32_t* words;        // single words: see enum Word
 };
-enum Word { kFailed = 0, kBits, kNumBad, kNumRepeated, kKept, kPosted, kNumWords };
+enum Word { kFailed = 0, kBits, kNumBad, kNumRepeated, kChunkBad, kChunkRepeated, kKept, kPosted, kNumWords };
 
-__host__ __device__ inline uint64_t places_words(int num_ranks, int num_slots, int num_experts, int tiles) {
-  const uint64_t keys = static_cast<uint64_t>(num_ranks) * (num_slots + 1);
-  return (2 + tiles) * keys + 2 * (num_slots + 1) + 4 * num_ranks + num_experts + 2 * kPlaceEntries + kOutbox +
-         kNumWords;
+__host__ __device__ inline uint64_t places_words(const DispatchParams& p) {
+  const uint64_t num_ranks = p.ws.num_ranks, stride = p.num_slots + 1;
+  return num_ranks * stride * (2 + p.tiles + p.num_chunks) + 2 * stride + 4 * num_ranks + p.num_experts +
+         2 * kPlaceEntries + kOutbox + kNumWords;
 }
 
-__device__ __forceinline__ Places carve(uint32_t* shared, int num_ranks, int num_slots, int num_experts, int tiles) {
-  const int keys = num_ranks * (num_slots + 1);
+__device__ __forceinline__ Places carve(uint32_t* shared, const DispatchParams& p) {
+  const int num_ranks = p.ws.num_ranks, keys = num_ranks * (p.num_slots + 1);
   Places s;
-  s.total = shared;
-  s.before = s.total + keys;
+  s.count = shared;
+  s.before = s.count + keys;
   s.bits = s.before + keys;
-  s.start = reinterpret_cast<int32_t*>(s.bits + keys * tiles);
-  s.tally = s.start + num_slots + 1;
-  s.num_tokens = s.tally + num_slots + 1;
+  s.total = s.bits + keys * p.tiles;
+  s.start = reinterpret_cast<int32_t*>(s.total + keys * p.num_chunks);
+  s.tally = s.start + p.num_slots + 1;
+  s.num_tokens = s.tally + p.num_slots + 1;
   s.takes_part = s.num_tokens + num_ranks;
   s.expert_slot = s.takes_part + num_ranks;
-  s.slot = s.expert_slot + num_experts;
+  s.slot = s.expert_slot + p.num_experts;
   s.position = s.slot + kPlaceEntries;
   s.lost = reinterpret_cast<uint32_t*>(s.position + kPlaceEntries);
-  s.hashes = reinterpret_cast<int32_t*>(s.lost + num_ranks);
-  s.done = reinterpret_cast<uint32_t*>(s.hashes + num_ranks);
+  s.closed = s.lost + num_ranks;
+  s.done = s.closed + num_ranks;
   s.words = reinterpret_cast<int32_t*>(s.done + kOutbox);
   return s;
 }
@@ -83,11 +86,14 @@ __device__ __forceinline__ Seat my_seat(int top_k) {
   return seat;
 }
 
-// All lanes of a warp call it, each with the expert of its selection, or -1.
-__device__ __forceinline__ Selection look_up(const DispatchParams& p, const Places& s, const Seat& seat, int64_t wide) {
+// All lanes of a warp call it, each with the expert of its selection, or -1; `packed_slot(expert)` is slot << 8 | rank.
+template <class PackedSlot>
+__device__ __forceinline__ Selection look_up(const DispatchParams& p, const int32_t* takes_part, const Seat& seat,
+                                             int64_t wide, PackedSlot packed_slot) {
   Selection found;
   found.bad = wide < -1 || wide >= p.num_experts;
   const int expert = found.bad ? -1 : static_cast<int>(wide);
+  const int packed = expert >= 0 ? packed_slot(expert) : -1;
   found.repeated = false;
 #pragma unroll 1
   for (int back = 1; back < p.top_k; ++back) {
@@ -97,15 +103,17 @@ __device__ __forceinline__ Selection look_up(const DispatchParams& p, const Plac
   found.slot = found.key = -1;
   found.leader = false;
   found.rank = -1;
-  if (expert >= 0 && !found.repeated) {
-    const int packed = s.expert_slot[expert];
-    if (packed >= 0 && s.takes_part[packed & 0xff] != 0) {
-      found.rank = packed & 0xff;
-      found.slot = packed >> 8;
-      found.key = found.slot + found.rank;  // rank * (L + 1) + slot within the rank
-      found.leader = true;
-    }
+  if (packed >= 0 && !found.repeated && takes_part[packed & 0xff] != 0) {
+    found.rank = packed & 0xff;
+    found.slot = packed >> 8;
+    found.key = found.slot + found.rank;  // rank * (L + 1) + slot within the rank
+    found.leader = true;
   }
+  return found;
+}
+
+__device__ __forceinline__ Selection look_up(const DispatchParams& p, const Places& s, const Seat& seat, int64_t wide) {
+  Selection found = look_up(p, s.takes_part, seat, wide, [&](int expert) { return s.expert_slot[expert]; });
   if (p.layout == kRank) {  // one row a rank: its first selection counts, and the others share the row
 #pragma unroll 1
     for (int back = 1; back < p.top_k; ++back) {
@@ -117,38 +125,39 @@ __device__ __forceinline__ Selection look_up(const DispatchParams& p, const Plac
   return found;
 }
 
-// Counts all selections of this rank into `total`, those of tokens before `first` into `before`.
-__device__ __forceinline__ void count_selections(const DispatchParams& p, const Places& s, int first) {
+// slot << 8 | rank of an expert, -1 none.
+__device__ __forceinline__ int pack_slot(const DispatchParams& p, int64_t slot) {
+  const bool there = slot >= 0 && slot < static_cast<int64_t>(p.ws.num_ranks) * p.num_slots;
+  return there ? static_cast<int>(slot) << 8 | static_cast<int>(slot) / p.num_slots : -1;
+}
+
+// Counts selections of tokens [begin, end) into `count`, those of tokens before `first` into `before` too.
+__device__ __forceinline__ void count_selections(const DispatchParams& p, const Places& s, int begin, int end,
+                                                 int first) {
   const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   const int tokens_a_warp = 32 / p.top_k;
   const Seat seat = my_seat(p.top_k);
   const int step = num_warps * tokens_a_warp;
   int bad = 0, repeated = 0;
-  int token = warp * tokens_a_warp + seat.token;
-  int64_t next = load_expert(p, token, seat.k, seat.taken && token < p.num_tokens);
+  int token = begin + warp * tokens_a_warp + seat.token;
+  int64_t next = load_expert(p, token, seat.k, seat.taken && token < end);
 #pragma unroll 1
-  for (int token0 = warp * tokens_a_warp; token0 < p.num_tokens; token0 += step, token += step) {
+  for (int token0 = begin + warp * tokens_a_warp; token0 < end; token0 += step, token += step) {
     const int64_t expert = next;  // with the one after on its way
-    next = load_expert(p, token + step, seat.k, seat.taken && token + step < p.num_tokens);
+    next = load_expert(p, token + step, seat.k, seat.taken && token + step < end);
     const Selection found = look_up(p, s, seat, expert);
     bad += found.bad;
     repeated += found.repeated;
     if (found.leader) {
-      atomicAdd(&s.total[found.key], 1u);
+      atomicAdd(&s.count[found.key], 1u);
       if (token < first) atomicAdd(&s.before[found.key], 1u);
     }
     if (p.layout == kRank && found.slot >= 0) {  // expert_counts are by slot in every layout
-      atomicAdd(&s.total[found.slot + found.rank], 1u);
+      atomicAdd(&s.count[found.slot + found.rank], 1u);
     }
   }
-  if (bad != 0) {
-    atomicAdd(&s.words[kNumBad], bad);
-    atomicOr(&s.words[kBits], kBadIndex);
-  }
-  if (repeated != 0) {
-    atomicAdd(&s.words[kNumRepeated], repeated);
-    atomicOr(&s.words[kBits], kDuplicate);
-  }
+  if (bad != 0) atomicAdd(&s.words[kChunkBad], bad);
+  if (repeated != 0) atomicAdd(&s.words[kChunkRepeated], repeated);
 }
 
 // Slots and positions of tokens [first, last) into `slot` and `position`; writes the route's send_slot. `before` moves
@@ -203,15 +212,17 @@ __device__ __forceinline__ void place_tokens(const DispatchParams& p, const Plac
   __syncthreads();
 }
 
-// Counts and header to peer `peer`, by the whole block: they travel before any row, each word for itself.
-__device__ __forceinline__ void post_counts(const DispatchParams& p, const Places& s, const Op& op, int peer) {
-  uint64_t* words = counts(p.ws, peer, op.parity, p.ws.rank);
-  const int num = p.num_slots + (p.layout == kRank ? 1 : 0);
+// A chunk's counts to every rank, this one too, by the whole block: they travel before any row, each word for itself.
+__device__ __forceinline__ void post_counts(const DispatchParams& p, const Places& s, const Op& op, int chunk) {
+  const int stride = p.num_slots + kCountWords;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < num; i += blockDim.x) {
-    st_relaxed_sys(&words[i], tagged(op.epoch, s.total[peer * (p.num_slots + 1) + i]));
+  for (int i = threadIdx.x; i < p.ws.num_ranks * stride; i += blockDim.x) {
+    const int peer = i / stride, word = i % stride;
+    if (s.takes_part[peer] == 0) continue;
+    const uint32_t value = word <= p.num_slots ? s.count[peer * (p.num_slots + 1) + word]
+                                               : static_cast<uint32_t>(s.words[kChunkBad + word - p.num_slots - 1]);
+    st_relaxed_sys(&counts(p.ws, peer, op.parity, p.ws.rank, chunk)[word], tagged(op.epoch, value));
   }
-  if (threadIdx.x == 0) post_header(p.ws, op, peer, p.num_tokens, p.call_hash, s.words[kBits]);
 }
 
 }  // namespace epops

@@ -57,6 +57,7 @@ struct PairOf<__half> {
 template <class T>
 struct Raw8 {
   uint4 w;
+  __device__ __forceinline__ uint4& word(int) { return w; }
   __device__ __forceinline__ void load(const void* p) { w = *reinterpret_cast<const uint4*>(p); }
   __device__ __forceinline__ void load_fresh(const void* p) { w = ld_no_allocate(p); }
   __device__ __forceinline__ void zero() { w = make_uint4(0, 0, 0, 0); }
@@ -82,6 +83,7 @@ struct Raw8 {
 template <>
 struct Raw8<float> {
   uint4 w[2];
+  __device__ __forceinline__ uint4& word(int half) { return w[half]; }
   __device__ __forceinline__ void load(const void* p) {
     w[0] = reinterpret_cast<const uint4*>(p)[0];
     w[1] = reinterpret_cast<const uint4*>(p)[1];
@@ -150,16 +152,27 @@ __device__ __forceinline__ Scale make_scale(float amax, const Quant& q) {
   return s;
 }
 
-__device__ __forceinline__ float quotient(float x, const Scale& s, const Quant& q) {
+template <bool kDivides>
+__device__ __forceinline__ float quotient(float x, const Scale& s) {
   // The cast saturates, which is the clamp.
-  return s.divide ? divide(x, s.value, s.inverse) : __fmul_rn(x, s.inverse);
+  return kDivides ? divide(x, s.value, s.inverse) : __fmul_rn(x, s.inverse);
 }
 
-__device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d, int e5m2) {
-  const __nv_fp8_interpretation_t kind = e5m2 ? __NV_E5M2 : __NV_E4M3;
-  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kind);
-  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, kind);
+template <bool kDivides, __nv_fp8_interpretation_t kKind>
+__device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d, const Scale& s) {
+  const float2 first = make_float2(quotient<kDivides>(a, s), quotient<kDivides>(b, s));
+  const float2 last = make_float2(quotient<kDivides>(c, s), quotient<kDivides>(d, s));
+  const uint32_t low = __nv_cvt_float2_to_fp8x2(first, __NV_SATFINITE, kKind);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2(last, __NV_SATFINITE, kKind);
   return low | high << 16;
+}
+
+template <bool kDivides, __nv_fp8_interpretation_t kKind>
+__device__ __forceinline__ uint4 pack_fp8(const Eight& a, const Eight& b, const Scale& s) {
+  return make_uint4(pack_fp8<kDivides, kKind>(a.v[0], a.v[1], a.v[2], a.v[3], s),
+                    pack_fp8<kDivides, kKind>(a.v[4], a.v[5], a.v[6], a.v[7], s),
+                    pack_fp8<kDivides, kKind>(b.v[0], b.v[1], b.v[2], b.v[3], s),
+                    pack_fp8<kDivides, kKind>(b.v[4], b.v[5], b.v[6], b.v[7], s));
 }
 
 // Sixteen channels a lane. `load` and `finish` are apart so that several loads are in flight before the first is used.
@@ -188,16 +201,9 @@ struct QuantLane {
     const Scale s = make_scale(top, q);
     *scale = s.value;
     const Eight a = raw[0].floats(), b = raw[1].floats();
-    uint4 out;
-    out.x = pack_fp8(quotient(a.v[0], s, q), quotient(a.v[1], s, q), quotient(a.v[2], s, q), quotient(a.v[3], s, q),
-                     q.e5m2);
-    out.y = pack_fp8(quotient(a.v[4], s, q), quotient(a.v[5], s, q), quotient(a.v[6], s, q), quotient(a.v[7], s, q),
-                     q.e5m2);
-    out.z = pack_fp8(quotient(b.v[0], s, q), quotient(b.v[1], s, q), quotient(b.v[2], s, q), quotient(b.v[3], s, q),
-                     q.e5m2);
-    out.w = pack_fp8(quotient(b.v[4], s, q), quotient(b.v[5], s, q), quotient(b.v[6], s, q), quotient(b.v[7], s, q),
-                     q.e5m2);
-    return out;
+    // One branch a step, and the usual case first: a choice a number would cost as much as the numbers.
+    if (!q.e5m2) return s.divide ? pack_fp8<true, __NV_E4M3>(a, b, s) : pack_fp8<false, __NV_E4M3>(a, b, s);
+    return s.divide ? pack_fp8<true, __NV_E5M2>(a, b, s) : pack_fp8<false, __NV_E5M2>(a, b, s);
   }
 };
 

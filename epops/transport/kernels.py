@@ -25,6 +25,8 @@ MAX_RANKS, MAX_TOP_K = _C.max_ranks, _C.max_top_k
 ARCHS = [name for name in _C.cuda_archs.split(";") if name]
 QUANT_MATHS = {"divide": 0, "multiply": 1, "reciprocal": 2, "reciprocal_exact": 3}
 SHARED_BYTES = 150 << 10  # what a block takes at most, where it has a choice
+LINE_TOKENS, LINE_MEMORY = 256, 64 << 20  # what lines have room for: tokens a peer, bytes a rank
+TABLE_WORDS = 16 << 10  # selections that every block of a dispatch by lines reads, or counts that it keeps
 QUANT_BLOCKS = words.QUANT_BLOCKS
 
 
@@ -38,6 +40,7 @@ class Plan(NamedTuple):
     recv_warps: int
     dynamic: int
     pdl: int = 0
+    lines: int = 0
 
     def launch(self, phases: int = 3) -> Any:
         made = _C.Launch()
@@ -53,7 +56,9 @@ class Tuning:
 
     ``num_sms``: blocks that send on the throughput path; ``spare_sms`` and ``spare_sms_throughput``: multiprocessors that no
     block of ours ever holds, so that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M up to
-    which all warps of a block, or a few, share a token; above, each warp has its own.  ``limit_blocks``: at most so many blocks
+    which all warps of a block, or a few, share a token; above, each warp has its own.  ``dispatch_line_tokens`` and
+    ``combine_line_tokens``: M up to which rows travel as lines, which carry the epoch with the data (csrc/lines.cuh); alike on
+    every rank.  ``limit_blocks``: at most so many blocks
     (0: no limit).  ``beside_sms``: blocks of an op that a start half runs on a second stream, up to M ``beside_tokens``; above,
     matrix products lose more by sharing the chip than the exchange gains, and it runs at once.  ``pdl``: a kernel's launch overlaps
     the end of the one before.  ``extra``: plans by op, instead of all this.
@@ -66,6 +71,8 @@ class Tuning:
     spare_sms_throughput: int = 32
     decode_tokens: int = 160
     middle_tokens: int = 1024
+    dispatch_line_tokens: int = 160
+    combine_line_tokens: int = 0
     limit_blocks: int = 0
     beside_sms: int = 64
     beside_tokens: int = 512
@@ -91,13 +98,15 @@ class Tuning:
         pieces = max(1, -(-hidden // 512))  # a warp's step is 512 elements of a row
         if op == "combine_backward":
             return Plan(blocks, max(1, min(self.num_sms, blocks)), threads, 1, 1, 1, self.pdl)
+        lines = int(max_tokens <= (self.dispatch_line_tokens if op == "dispatch" else self.combine_line_tokens))
         if max_tokens <= self.decode_tokens:
             wanted = max(64, max_tokens) if op == "dispatch" else max_tokens * max(1, num_ranks - 1)
             blocks, parts = max(1, min(blocks, wanted)), min(15, pieces)
-            return Plan(blocks, blocks, threads, parts, parts, 0, self.pdl)
+            return Plan(blocks, blocks, threads, parts, parts, 0, self.pdl, lines)
         if max_tokens <= self.middle_tokens:
             send = min(7, pieces)
-            return Plan(blocks, blocks, threads, send, min(3, pieces) if op == "dispatch" else send, 0, self.pdl)
+            recv = send if lines or op == "combine" else min(3, pieces)
+            return Plan(blocks, blocks, threads, send, recv, 0, self.pdl, lines)
         blocks = max(1, min(blocks, num_sms - self.spare_sms_throughput))
         return Plan(
             blocks, min(self.num_sms, blocks), threads, 1 if op == "dispatch" else min(2, pieces), 1, 1, self.pdl
@@ -125,7 +134,12 @@ def lay_out(rank: int, num_ranks: int, sizes: Sizes, timeout: float) -> tuple[An
     ws = _C.Workspace()
     ws.rank, ws.num_ranks = rank, num_ranks
     ws.max_tokens, ws.max_top_k, ws.max_slots = sizes.max_tokens, sizes.top_k, sizes.num_slots
-    ws.data_bytes = (num_ranks - 1) * sizes.max_tokens * sizes.row_bytes
+    peers = num_ranks - 1
+    ws.line_bytes = line_bytes(sizes.row_bytes + 512, 4, sizes.top_k)
+    ws.line_tokens = min(sizes.max_tokens, LINE_TOKENS, LINE_MEMORY // (2 * max(1, peers * ws.line_bytes)))
+    # Records of one op, or of two where they are small: ops that share the room wait for one another.
+    copies = 2 if sizes.max_tokens <= 1024 else 1
+    ws.data_bytes = copies * peers * sizes.max_tokens * sizes.row_bytes
     ws.ring_bytes = sizes.ring_bytes
     ws.timeout_ns = int(timeout * 1e9)
     return ws, ws.layout()
@@ -142,6 +156,17 @@ class QuantSettings(NamedTuple):
     eps_on: str = "amax"
     eps: float = 1e-12
     clamp: bool = True
+
+
+def line_bytes(row_bytes: int, scales_a_step: int, top_k: int, num_scales: int = 0) -> int:
+    """Bytes of a token's lines: steps of 512 bytes with the scales made from them, weights, scales that came with the row."""
+    extra = -(-(32 + scales_a_step) // 3)
+    return 16 * (-(-row_bytes // 512) * (32 + extra) + -(-top_k // 3) + -(-num_scales // 3))
+
+
+def num_chunks(num_ranks: int, num_slots: int) -> int:
+    """Chunks that a rank's tokens are counted in, so that all ranks' counts fit a table."""
+    return max(1, min(_C.max_chunks(num_ranks), TABLE_WORDS // (num_ranks * (num_slots + _C.count_words))))
 
 
 def call_hash(*facts: Any) -> int:
@@ -292,11 +317,28 @@ def dispatch(
     )
     p.row_source, p.expert_counts, p.expert_ends = address(row_source), address(expert_counts), address(expert_ends)
     p.route, p.status = address(route), address(status)
-    p.tiles = 4
-    if p.shared_bytes() > SHARED_BYTES:
-        p.tiles = 1
+    if quant is None:
+        p.line_bytes = line_bytes(p.row_bytes, 0, top_k, p.num_scales)
+    else:
+        p.line_bytes = line_bytes(p.row_bytes, 512 // (quant.block or 512), top_k)
+    p.num_chunks, p.chunk_tokens = 1, max(1, max_tokens)
+    lines = int(
+        plan.lines
+        and max_tokens <= ws.line_tokens
+        and p.line_bytes <= ws.line_bytes
+        and num_ranks * max_tokens * -(-top_k // 2) <= TABLE_WORDS
+        and p.lines_shared_bytes() <= SHARED_BYTES
+    )
+    p.launch.lines = lines
+    if not lines:
+        p.chunk_tokens = -(-p.chunk_tokens // num_chunks(num_ranks, num_slots))
+        p.num_chunks = -(-max(1, max_tokens) // p.chunk_tokens)
+        p.tiles = 4
+        if p.shared_bytes() > SHARED_BYTES:
+            p.tiles = 1
     p.call_hash = call_hash(
-        "dispatch", max_tokens, top_k, p.record_bytes, p.row_bytes, num_slots, num_experts, p.layout, lane, alignment, capacity
+        "dispatch", max_tokens, top_k, p.record_bytes, p.row_bytes, num_slots, num_experts, p.layout, lane, alignment,
+        capacity, lines,
     )  # fmt: skip
     _C.launch_dispatch(p, stream_of(x))
     return Dispatched(rows, scales, row_weights, row_expert, row_source, expert_counts, expert_ends, route, status)
@@ -355,6 +397,9 @@ def combine(
     p.num_experts, p.num_slots = num_experts, num_slots
     p.num_rows, p.rank_layout = y.numel() // hidden, int(layout == "rank")
     p.record_bytes = hidden * out_dtype.itemsize
+    p.line_bytes = line_bytes(-(-hidden // 256) * 256 * out_dtype.itemsize, 0, top_k)
+    lines = int(plan.lines and max_tokens <= ws.line_tokens and p.line_bytes <= ws.line_bytes)
+    p.launch.lines = lines
     out = torch.empty((num_tokens, hidden), dtype=out_dtype, device=device)
     with_grads = grad_row_weights is not None and grad_row_weights.numel() > 0
     grad_weights = torch.empty((num_tokens, top_k) if with_grads else 0, dtype=torch.float32, device=device)
@@ -363,7 +408,7 @@ def combine(
     p.grad_row_weights, p.grad_topk_weights = address(grad_row_weights), address(grad_weights)
     p.out, p.status = address(out), address(status)
     p.call_hash = call_hash(
-        op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane
+        op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane, lines
     )  # fmt: skip
     _C.launch_combine(p, stream_of(y))
     return out, grad_weights, status

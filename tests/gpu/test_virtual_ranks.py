@@ -117,8 +117,32 @@ def test_any_number_of_ranks(num_ranks):
     run_pair(ranks, shape, 9, quant=kernels.QuantSettings())
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 7, 16, 72])
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+@pytest.mark.parametrize("lines", [0, 256])
+def test_few_tokens_by_lines_and_by_flags(num_ranks, layout, lines):
+    """Both ways that rows travel, whatever the defaults choose; by flags some blocks have several chunks and some none."""
+    shape = Shape(
+        num_ranks, 45, 4, num_ranks * 4, 4, 256, 16 if layout == "expert" else 1, layout, tokens=(45, 5, 0, 31)
+    )
+    tuning = kernels.Tuning(dispatch_line_tokens=lines, combine_line_tokens=lines, num_sms=8)
+    ranks = Ranks(num_ranks, sizes_for(shape), tuning=tuning)
+    for seed in range(2):
+        run_pair(ranks, shape, seed, repeat=2)
+    run_pair(ranks, shape, 9, quant=kernels.QuantSettings())
+
+
+def test_memory_is_what_crosses_the_wire():
+    """At 4096 tokens: at most 1.1 times the rows of one dispatch (fp8 and scales) and one combine (bf16)."""
+    wire = 4096 * (7168 + 7168 // 128 * 4 + 2 * 7168)
+    _, num_bytes = kernels.lay_out(0, 2, kernels.Sizes(4096, 8, 128, 2 * 7168), 1.0)
+    assert num_bytes <= 1.1 * wire, f"{num_bytes / wire:.2f} times"
+    _, num_bytes = kernels.lay_out(0, 2, kernels.Sizes(128, 8, 128, 2 * 7168), 1.0)
+    assert num_bytes <= 16 << 20
+
+
 @pytest.mark.parametrize("layout", words.LAYOUTS)
-@pytest.mark.parametrize("max_tokens", [1, 16, 128, 200, 1025, 1500])
+@pytest.mark.parametrize("max_tokens", [1, 16, 128, 200, 500, 1025, 1500])
 def test_every_layout_on_every_path(layout, max_tokens):
     if layout == "batched" and max_tokens > 200:
         pytest.skip("decode sizes only")
@@ -221,7 +245,7 @@ def test_gradients(layout, max_tokens):
     from epops.reference import combine as ref
 
     shape = Shape(3, max_tokens, 4, 12, 4, 256, alignment=4 if layout == "expert" else 1, layout=layout)
-    ranks = Ranks(3, sizes_for(shape))
+    ranks = Ranks(3, sizes_for(shape), tuning=kernels.Tuning(combine_line_tokens=256))
     device = ranks.device
     got, _, want = run_pair(ranks, shape, 8)
     settings = dict(num_experts=12, num_slots=4, max_tokens=max_tokens, layout=layout, top_k=4)
