@@ -204,7 +204,9 @@ def _why_not_addition(combine: Node, out: Node, given: dict[str, Any], found: Su
     if not nothing_written_between(combine, found.node):
         return f"memory is written in place between it and {found.add.name}"
     if closure_after(combine, found.other) is None:
-        return f"{found.other.name} needs the combine, or an exchange that comes after it"
+        return (
+            f"{found.other.name} needs the combine, an exchange that comes after it, or random numbers in their order"
+        )
     return None
 
 

@@ -222,6 +222,11 @@ def writes(node: Node) -> bool:
     return getattr(node.target, "__module__", "") not in ("_operator", "math", "torch", "builtins")
 
 
+def is_random(node: Node) -> bool:
+    """Whether a node draws random numbers, which are others when it draws them earlier or later than the program does."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "c10d_functional", "fsdp", "symm_mem")
 """Namespaces of operators that talk to other ranks, or that wait for those that do."""
 

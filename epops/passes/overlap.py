@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .decline_log import declined
-from .graph_facts import arguments, is_exchange, op_name, result_users, tensor, writes
+from .graph_facts import arguments, is_exchange, is_random, op_name, result_users, tensor, writes
 from .ordering import run_after
 from .rewriting import call
 from .work_estimate import exchange_budget, work_of
@@ -147,7 +147,7 @@ def _ahead(exchange: Node) -> Iterator[Node]:
 def _movable(node: Node) -> bool:
     if node.op != "call_function" or is_exchange(node) or writes(node):
         return False
-    return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+    return not is_random(node)
 
 
 def _with_what_must_move(node: Node, window: Window, chosen: set[Node]) -> set[Node] | None:

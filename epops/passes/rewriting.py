@@ -9,7 +9,19 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from .graph_facts import COPIES, arguments, aten, is_exchange, is_reshape, same_shape, tensor, value, writes
+from .graph_facts import (
+    COPIES,
+    arguments,
+    aten,
+    between,
+    is_exchange,
+    is_random,
+    is_reshape,
+    same_shape,
+    tensor,
+    value,
+    writes,
+)
 
 PASSED_ON = (
     *("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom"),
@@ -90,7 +102,8 @@ def hoist(nodes: Iterable[Node], before: Node) -> None:
 def closure_after(anchor: Node, node: Node) -> list[Node] | None:
     """What has to move up so that ``node`` can stand before ``anchor``, in graph order.
 
-    None when it cannot: something in it needs ``anchor`` itself, talks to other ranks or writes in place.
+    None when it cannot: something in it needs ``anchor`` itself, talks to other ranks, writes in place, or draws random numbers
+    before others that the program draws first.
     """
     found: dict[Node, None] = {}
     stack = [node]
@@ -104,6 +117,9 @@ def closure_after(anchor: Node, node: Node) -> list[Node] | None:
             return None
         found[current] = None
         stack.extend(current.all_input_nodes)
+    drawn = [current for current in found if is_random(current)]
+    if drawn and any(is_random(other) and other not in found for other in between(anchor, max(drawn))):
+        return None
     return sorted(found)
 
 

@@ -22,6 +22,7 @@ from .graph_facts import (
     arguments,
     aten,
     is_cast,
+    is_random,
     is_reshape,
     known_equal,
     op_name,
@@ -71,7 +72,7 @@ def place(node: Node, known: Known, sizes: Sizes) -> Place | None:
         return _exchange(node, known)
     if node.target in GROUPED:
         return _grouped(node, known)
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if is_random(node):
         return None
     inputs = {item: found for item in node.all_input_nodes if (found := known(item)) is not None}
     if any(found.parts is not None or found.kind == "route" for found in inputs.values()):

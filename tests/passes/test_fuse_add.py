@@ -8,6 +8,7 @@ import torch
 from expecttest import TestCase
 
 import epops
+from epops.inspection.capture import capture
 from epops.passes.fuse_add import fuse_add
 from tests.passes import blocks
 from tests.ranks import run_ranks
@@ -318,6 +319,26 @@ def test_a_write_in_between_is_not_crossed():
     with module.graph.inserting_before(add):
         module.graph.call_function(torch.ops.aten.zero_.default, (x,))
     assert fuse_add(module.graph) == 0
+
+
+@pytest.mark.parametrize("crosses", [False, True])
+def test_random_numbers_are_drawn_in_their_order(crosses):
+    """An addend with dropout moves before the combine, but not before other numbers that the program draws first."""
+    from torch._inductor import config
+
+    def block(given):
+        out = blocks.routed(given)
+        first = torch.dropout(given["x"], 0.5, True) if crosses else given["x"]
+        return (out + torch.dropout(given["x"] * 2, 0.5, True)) * first
+
+    with config.patch(fallback_random=True), torch.no_grad():
+        given = blocks.inputs()
+        torch.manual_seed(0)
+        expected = block(given)
+        torch.manual_seed(0)
+        graphs, got = capture(block, given, passes=[fuse_add], run=True)
+    blocks.close(got, expected, 1e-5)
+    assert graphs[0].rewrites == {"fuse_add": int(not crosses)}
 
 
 def test_dynamic_shapes():
