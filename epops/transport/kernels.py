@@ -75,7 +75,7 @@ class Tuning:
     combine_line_tokens: int = 0
     limit_blocks: int = 0
     beside_sms: int = 64
-    beside_tokens: int = 512
+    beside_tokens: int = 160
     pdl: int = 1
     ring_bytes: int = 32 << 20
     chunk_bytes: int = 4096
