@@ -46,8 +46,8 @@ def fuse_quant(graph: Graph) -> int:
     clamping, the order of roundings); nothing but the formula sees the unquantized rows, or only this dispatch the
     quantized ones; nothing written in between.
 
-    **Guarantees**: the same bits as the unfused graph in eager mode, in rows and scales, on valid rows; whatever else
-    the dispatch returns is unchanged.
+    **Guarantees**: the same bits as the unfused graph in eager mode, in rows and scales, on valid rows (infinities too; a NaN is a
+    NaN there too, but may have another sign); whatever else the dispatch returns is unchanged.
     """
     count = _merge_scales(graph)
     for dispatch in epops_calls(graph, ("dispatch",)):

@@ -47,7 +47,18 @@ JOINS = (aten.cat.default, aten.stack.default)
 
 
 def join_pieces(graph: Graph) -> int:
-    """Rewrite ``cat`` and ``stack`` of all the pieces of one tensor, in order, next to an exchange; returns how many."""
+    """Rewrite ``cat`` and ``stack`` of all the pieces of one tensor, in order, next to an exchange; returns how many.
+
+    One behind another is next to the exchange when that is rewritten.
+    """
+    count = joined = _join_next(graph)
+    while joined:
+        joined = _join_next(graph)
+        count += joined
+    return count
+
+
+def _join_next(graph: Graph) -> int:
     count = 0
     for node in [node for node in graph.nodes if node.target in JOINS]:
         found = _cut(node)

@@ -138,6 +138,18 @@ def test_reads_the_quantizer_and_keeps_its_bits(quantizer, where):
     assert settings(graph).items() >= quantizers.KNOWN[quantizer].items()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_infinities_and_extremes_keep_their_bits(dtype):
+    limits = torch.finfo(dtype)
+    given = rows(dtype=dtype)
+    x = given["x"]
+    x[0], x[1], x[2] = -0.0, limits.max, limits.tiny / 2
+    x[3, ::2], x[4, 5], x[5, 200] = limits.min, torch.inf, -torch.inf
+    for quantizer in quantizers.KNOWN:
+        graph = blocks.passed(after(quantizer), given, passes=[fuse_quant], exact=True)
+        assert graph.rewrites == {"fuse_quant": 1}, (quantizer.__name__, graph.declined)
+
+
 @pytest.mark.parametrize("quantizer", quantizers.UNKNOWN, ids=lambda quantizer: quantizer.__name__)
 def test_leaves_other_arithmetic_alone(quantizer):
     graph = blocks.passed(after(quantizer), rows(), passes=[fuse_quant], exact=True)

@@ -236,6 +236,23 @@ def test_other_spellings_of_tokens_to_heads(program):
     )
 
 
+def pieces_of_pieces(x):
+    rows = torch.cat(x.chunk(4, 1), 0).t()
+    return exchanged_by_epops(torch.cat(rows.split(4, 1)), scatter_dim=1, gather_dim=1)
+
+
+def a_stack_behind_a_stack(x):
+    rows = torch.stack([x[:, place : place + 1] for place in range(4)], 2).permute(2, 0, 1)
+    return exchanged_by_epops(torch.stack(rows.unbind(1), 2), scatter_dim=2, gather_dim=2).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("program", [pieces_of_pieces, a_stack_behind_a_stack], ids=lambda program: program.__name__)
+def test_pieces_of_pieces_are_joined_in_one_run(program):
+    """`passed` runs the pass a second time, which finds nothing."""
+    graph = passed(program, 2, 4)
+    assert count_ops(graph, "cat") == count_ops(graph, "stack") == 0
+
+
 def other_order(x):
     pieces = x.chunk(4, 2)
     return torch.cat(exchanged(torch.cat([pieces[place] for place in (1, 0, 2, 3)], 0)).chunk(4, 0), 1)
