@@ -2,11 +2,14 @@
 # Everything that a machine with GPUs is for, in one command: `scripts/gpu.sh STAGE …`, from the repository's root.
 #   build       the extension, in place
 #   virtual     many ranks on one GPU, against the reference
-#   ranks       one process a GPU: transport, graphs, timeouts
+#   ranks       one process a GPU: transport, graphs, timeouts, FSDP2 beside exchanges
+#   models      decoding in CUDA graphs, fp8 products, rows between grouped products
 #   nccl        the c10d transport on nccl, against gloo
 #   sanitize    compute-sanitizer memcheck and racecheck over a small set of the virtual ranks
 #   overlap     an MoE layer with and without the overlap pass
-#   bench       the benchmark; results go to $OUT or benchmarks/results
+#   bench       dispatch and combine; results go to $OUT or benchmarks/results
+#   exchange    all_to_all
+#   decode      a decode step beside other ways, rows with room to spare, and a soak
 # Each stage has its own time limit, so that a hang costs little; the last line says which stages passed.
 set -uo pipefail
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NCCL_NVLS_ENABLE=0
@@ -15,6 +18,7 @@ results="${OUT:-benchmarks/results}"
 mkdir -p "$results"
 gpus=$(nvidia-smi -L | wc -l)
 summary=""
+PYTEST="python3 -m pytest -q -o addopts= -p no:cacheprovider --timeout-method thread"
 stage() {
   local name="$1" limit="$2"
   shift 2
@@ -27,16 +31,22 @@ stage() {
 for name in "$@"; do
   case "$name" in
     build) stage build 180 env EPOPS_BUILD_CUDA=1 NVCC_APPEND_FLAGS="${NVCC_FLAGS:-}" python3 setup.py --quiet egg_info build_ext --inplace ;;
-    virtual) stage virtual 240 python3 -m pytest -q --maxfail ${MAXFAIL:-5} --timeout 60 --timeout-method thread tests/gpu/test_virtual_ranks.py ${TESTS:+-k "$TESTS"} ;;
-    ranks) stage ranks 240 python3 -m pytest -q --maxfail 4 --timeout 100 --timeout-method thread tests/gpu/test_nvlink.py ${TESTS:+-k "$TESTS"} ;;
+    virtual) stage virtual 240 $PYTEST --maxfail ${MAXFAIL:-5} --timeout 60 tests/gpu/test_virtual_ranks.py tests/gpu/test_virtual_all_to_all.py ${TESTS:+-k "$TESTS"} ;;
+    ranks) stage ranks 300 $PYTEST --maxfail 4 --timeout 100 tests/gpu/test_nvlink.py tests/gpu/test_nvlink_all_to_all.py tests/gpu/test_fsdp.py ${TESTS:+-k "$TESTS"} ;;
+    models) stage models 400 $PYTEST --timeout 120 tests/gpu/test_decode.py tests/gpu/test_scaled_grouped_mm.py tests/gpu/test_row_kernel.py ${TESTS:+-k "$TESTS"} ;;
     sanitize)
       for tool in memcheck racecheck; do
         stage "$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-          python3 -m pytest -q -x -p no:cacheprovider --timeout 190 tests/gpu/test_virtual_ranks.py -k "${SANITIZE:-hostile or many_ops}"
+          $PYTEST -x --timeout 190 tests/gpu/test_virtual_ranks.py tests/gpu/test_virtual_all_to_all.py -k "${SANITIZE:-hostile or many_ops or even_parts or room}"
       done ;;
-    nccl) stage nccl 150 python3 -m pytest -q --timeout 100 --timeout-method thread tests/gpu/test_nccl.py ;;
+    nccl) stage nccl 150 $PYTEST --timeout 100 tests/gpu/test_nccl.py ;;
     overlap) stage overlap 200 torchrun --nproc-per-node "$gpus" benchmarks/bench_overlap.py --out "$results" ;;
     bench) stage bench 300 torchrun --nproc-per-node "$gpus" benchmarks/bench_dispatch_combine.py --out "$results" ${BENCH:-} ;;
+    exchange) stage exchange 120 torchrun --nproc-per-node "$gpus" benchmarks/bench_all_to_all.py --device cuda --runs 5 --out "$results/all_to_all.json" ;;
+    decode)
+      stage decode 300 python3 benchmarks/bench_decode.py --config 30b --batch 64 --dtype bfloat16 --profile --how eager captured --out "$results"
+      stage padding 60 python3 benchmarks/bench_padding.py --room 1 16 --out "$results/padding.json"
+      stage soak "${SOAK:-300}" python3 benchmarks/soak_decode.py --device cuda --steps 20000 --every 500 ;;
     *) echo "gpu.sh: no stage $name" >&2; exit 2 ;;
   esac
 done
