@@ -81,7 +81,7 @@ def run_family(pool: Pool, family: str, stages: list[str], timeout: float) -> di
                 ok, says = judge(stage, pool.run(stage.call, family, timeout=timeout, **stage.settings()))
             except RankError as error:
                 ok, says = False, str(error)
-        cells[name] = {"ok": ok, "says": says, "seconds": round(time.monotonic() - began, 1)}
+        cells[name] = {"ok": ok, "says": says, "seconds": round(time.monotonic() - began, 1), "own_scale": True}
     return cells
 
 
@@ -115,6 +115,22 @@ KNOWN: dict[tuple[str, str], str] = {
 """What an error's text does not tell, by (family, stage)."""
 
 
+def _floored(results: dict[str, dict[str, dict[str, Any]]], stages: list[str]) -> str:
+    """Which columns are of runs before gradients were compared without a floor."""
+    old = [
+        STAGES[stage].title
+        for stage in stages
+        if stage != "generate"
+        and any(not cells.get(stage, {"own_scale": 1}).get("own_scale") for cells in results.values())
+    ]
+    if not old:
+        return ""
+    return (
+        f" Older figures (in {', '.join(old)}): a gradient whose largest value is under a hundredth of the model's largest was "
+        "compared with that hundredth."
+    )
+
+
 def table(results: dict[str, dict[str, dict[str, Any]]], stages: list[str], ranks: int) -> str:
     """docs/models.md."""
     import transformers
@@ -129,9 +145,10 @@ def table(results: dict[str, dict[str, dict[str, Any]]], stages: list[str], rank
         f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, {ranks} ranks, each with a batch "
         f"and a length of its own: {works} of {len(results)} families work.",
         "",
-        "Numbers are the largest difference from the one-process model, of outputs and gradients, relative to the largest "
-        "value of the tensor, where it is nearest its limit: 1e-5 in float32, 2e-2 in bf16 with the same routing, or twice "
-        "what rounding moves the one-process model itself (its distance from the same weights in a wider dtype). *captured*: "
+        "Numbers are the largest difference from the one-process model, of the output and of each parameter's gradient (the "
+        "one-process model's on all ranks' batches), relative to the largest value of that very tensor, where it is nearest its "
+        "limit: 1e-5 in float32, 2e-2 in bf16 with the same routing, or twice what rounding moves the one-process model's own "
+        f"tensor (its distance from the same weights in a wider dtype).{_floored(results, stages)} *captured*: "
         "Dynamo takes the whole forward as one graph (`fullgraph=True`); *whole graph*: "
         "`fullgraph=True` through the epops passes, forward and backward, the graphs run node by node; *compiled*: the same "
         "through Inductor. *generate*: tokens equal the one-process model's; ranks end at different steps.",

@@ -278,7 +278,8 @@ def _slice(node: Node, before: torch.Tensor, first: int) -> tuple[int, int | Non
     length = before.shape[dim]
     if not all(isinstance(item, int) for item in (start, step, length)):
         return dim, None, given["end"], 1
-    return dim, min(start + length if start < 0 else start, length), given["end"], step
+    start = max(start + length, 0) if start < 0 else start
+    return dim, min(start, length), given["end"], step
 
 
 def _dtype(item: Any) -> torch.dtype | None:

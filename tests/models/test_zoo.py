@@ -59,3 +59,14 @@ def test_small_models_speak_bytes(family: str) -> None:
 def test_only_five_families_have_a_small_model() -> None:
     with pytest.raises(ValueError, match="every family has 'tiny'"):
         zoo.tiny("dbrx", config="small")
+
+
+def test_each_gradient_is_compared_with_the_largest_of_its_own() -> None:
+    """A wrong gradient does not hide behind another tensor's, however small it is."""
+    from epops.demo.compare import _gradients
+    from epops.zoo.check import _differences
+
+    expected = {"large": torch.ones(3, dtype=torch.float64), "tiny": torch.full((3,), 1e-6, dtype=torch.float64)}
+    got = {"large": expected["large"], "tiny": 1.01 * expected["tiny"]}
+    assert _differences(got, expected) == {"large": 0.0, "tiny": pytest.approx(1e-2)}
+    assert _gradients(got, expected) == pytest.approx(1e-2)

@@ -23,6 +23,7 @@ class Padded:
 
     def __init__(self, group: epops.ExpertGroup) -> None:
         self.size, self.rank = group.size, group.rank
+        self.before = group.transport  # kept: a slower rank may still be connecting to its communicator
 
     def swap_padded(self, buffer: torch.Tensor) -> torch.Tensor:
         received = torch.empty_like(buffer)

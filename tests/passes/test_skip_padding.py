@@ -384,6 +384,19 @@ def near_misses():
     }
 
 
+def test_bounds_before_the_first_channel():
+    """As slices take them: from the first channel on, in slices that read and in those that write."""
+
+    def gate(up, sent):
+        first = up[:, -100:INNER]
+        second = torch.ops.aten.slice.Tensor(up, 1, -100, -INNER, 1)
+        every_other = torch.ops.aten.slice.Tensor(up, 1, -99, 2 * INNER, 2)
+        return torch.slice_scatter(first * second, every_other * 2, 1, -100)
+
+    counts = blocks.same_numbers(lambda given: around(gate, given), inputs(), [skip_padding_everywhere], 1e-6)
+    assert counts == {"skip_padding_everywhere": 2}
+
+
 @pytest.mark.parametrize("block", near_misses(), ids=lambda block: block.__name__)
 def test_leaves_alone(block):
     """``None`` rewrites: some part of it may be rewritten, and the numbers stay."""
