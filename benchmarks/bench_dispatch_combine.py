@@ -272,7 +272,6 @@ TRACE_POINTS = {
     "dispatch": "start, after earlier kernels, group state, counted, placed, told, sent, counts came, frame, rows, end",
     "dispatch_lines": "start, after earlier kernels, group state, sent, selections came, frame, rows, end",
     "combine": "start, after earlier kernels, group state, sent, told, -, rows, end",
-    "combine_lines": "start, after earlier kernels, group state, sent, -, -, rows, end",
 }
 
 

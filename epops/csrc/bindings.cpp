@@ -164,7 +164,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("hidden", &CombineParams::hidden)
       .def_readwrite("rank_layout", &CombineParams::rank_layout)
       .def_readwrite("record_bytes", &CombineParams::record_bytes)
-      .def_readwrite("line_bytes", &CombineParams::line_bytes)
       .def_readwrite("call_hash", &CombineParams::call_hash);
   address(c, "y", &CombineParams::y);
   address(c, "row_weights", &CombineParams::row_weights);
@@ -242,8 +241,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     check(launch(p, reinterpret_cast<void*>(stream)), "dispatch");
   });
   m.def("launch_combine", [](const CombineParams& p, uintptr_t stream) {
-    const auto launch = p.launch.lines != 0 ? launch_combine_lines : launch_combine;
-    check(launch(p, reinterpret_cast<void*>(stream)), "combine");
+    check(launch_combine(p, reinterpret_cast<void*>(stream)), "combine");
   });
   m.def("launch_scatter", [](const ScatterParams& p, uintptr_t stream) {
     check(launch_scatter(p, reinterpret_cast<void*>(stream)), "combine_backward");
@@ -256,7 +254,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     std::vector<uint64_t> clocks(256 * 12);
     const auto read = op == "dispatch"         ? read_dispatch_trace
                       : op == "dispatch_lines" ? read_dispatch_lines_trace
-                      : op == "combine_lines"  ? read_combine_lines_trace
                                                : read_combine_trace;
     check(read(clocks.data()), "read_trace");
     return clocks;

@@ -135,7 +135,6 @@ struct CombineParams {
   int32_t in_dtype, out_dtype;
   int32_t num_tokens, max_tokens, top_k, num_experts, num_slots, num_rows, hidden, rank_layout;
   int32_t record_bytes;
-  int32_t line_bytes;  // of a token's lines
   uint32_t call_hash;
 };
 
@@ -206,7 +205,6 @@ uint64_t dispatch_lines_shared_bytes(const DispatchParams& p);
 int launch_dispatch(const DispatchParams& p, void* stream);
 int launch_dispatch_lines(const DispatchParams& p, void* stream);
 int launch_combine(const CombineParams& p, void* stream);
-int launch_combine_lines(const CombineParams& p, void* stream);
 int launch_scatter(const ScatterParams& p, void* stream);
 int launch_all_to_all(const AllToAllParams& p, void* stream);
 
@@ -214,7 +212,6 @@ int launch_all_to_all(const AllToAllParams& p, void* stream);
 int read_dispatch_trace(uint64_t* out);  // (256, 12)
 int read_dispatch_lines_trace(uint64_t* out);
 int read_combine_trace(uint64_t* out);
-int read_combine_lines_trace(uint64_t* out);
 #endif
 
 }  // namespace epops

@@ -54,16 +54,15 @@ class Plan(NamedTuple):
 class Tuning:
     """Settings of the launch plans, with measured defaults (benchmarks/results).
 
-    ``num_sms``: blocks that send on the throughput path; ``spare_sms`` and ``spare_sms_throughput``: multiprocessors that no
-    block of ours ever holds, so that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M up to
-    which all warps of a block, or a few, share a token; above, each warp has its own.  ``dispatch_line_tokens`` and
-    ``combine_line_tokens``: M up to which rows travel as lines, which carry the epoch with the data (csrc/lines.cuh); alike on
-    every rank.  ``limit_blocks``: at most so many blocks
-    (0: no limit).  ``beside_sms``: blocks of an op that a start half runs on a second stream, up to M ``beside_tokens``; above,
-    matrix products lose more by sharing the chip than the exchange gains, and it runs at once.  ``pdl``: a kernel's launch overlaps
-    the end of the one before.  ``extra``: plans by op, instead of all this.
-    Of all_to_all: ``ring_bytes`` of peer memory for its chunks, ``chunk_bytes`` of the smallest, ``ring_senders`` blocks that send
-    an x of more than ``whole_bytes``.
+    ``num_sms``: blocks that send on the throughput path; ``spare_sms`` and ``spare_sms_throughput``: multiprocessors that
+    no block of ours ever holds, so that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M
+    up to which all warps of a block, or a few, share a token; above, each warp has its own. ``dispatch_line_tokens``: M up
+    to which dispatch sends rows as lines, which carry the epoch with the data (csrc/lines.cuh); alike on every rank.
+    ``limit_blocks``: at most so many blocks (0: no limit). ``beside_sms``: blocks of an op that a start half runs on a
+    second stream, up to M ``beside_tokens``; above, matrix products lose more by sharing the chip than the exchange gains,
+    and it runs at once. ``pdl``: a kernel's launch overlaps the end of the one before. ``extra``: plans by op, instead of
+    all this. Of all_to_all: ``ring_bytes`` of peer memory for its chunks, ``chunk_bytes`` of the smallest, ``ring_senders``
+    blocks that send an x of more than ``whole_bytes``.
     """
 
     num_sms: int = 32
@@ -72,7 +71,6 @@ class Tuning:
     decode_tokens: int = 160
     middle_tokens: int = 1024
     dispatch_line_tokens: int = 160
-    combine_line_tokens: int = 0
     limit_blocks: int = 0
     beside_sms: int = 64
     beside_tokens: int = 160
@@ -98,7 +96,7 @@ class Tuning:
         pieces = max(1, -(-hidden // 512))  # a warp's step is 512 elements of a row
         if op == "combine_backward":
             return Plan(blocks, max(1, min(self.num_sms, blocks)), threads, 1, 1, 1, self.pdl)
-        lines = int(max_tokens <= (self.dispatch_line_tokens if op == "dispatch" else self.combine_line_tokens))
+        lines = int(op == "dispatch" and max_tokens <= self.dispatch_line_tokens)
         if max_tokens <= self.decode_tokens:
             wanted = max(64, max_tokens) if op == "dispatch" else max_tokens * max(1, num_ranks - 1)
             blocks, parts = max(1, min(blocks, wanted)), min(15, pieces)
@@ -397,9 +395,6 @@ def combine(
     p.num_experts, p.num_slots = num_experts, num_slots
     p.num_rows, p.rank_layout = y.numel() // hidden, int(layout == "rank")
     p.record_bytes = hidden * out_dtype.itemsize
-    p.line_bytes = line_bytes(-(-hidden // 256) * 256 * out_dtype.itemsize, 0, top_k)
-    lines = int(plan.lines and max_tokens <= ws.line_tokens and p.line_bytes <= ws.line_bytes)
-    p.launch.lines = lines
     out = torch.empty((num_tokens, hidden), dtype=out_dtype, device=device)
     with_grads = grad_row_weights is not None and grad_row_weights.numel() > 0
     grad_weights = torch.empty((num_tokens, top_k) if with_grads else 0, dtype=torch.float32, device=device)
@@ -408,7 +403,7 @@ def combine(
     p.grad_row_weights, p.grad_topk_weights = address(grad_row_weights), address(grad_weights)
     p.out, p.status = address(out), address(status)
     p.call_hash = call_hash(
-        op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane, lines
+        op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane
     )  # fmt: skip
     _C.launch_combine(p, stream_of(y))
     return out, grad_weights, status

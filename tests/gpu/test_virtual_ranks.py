@@ -125,7 +125,7 @@ def test_few_tokens_by_lines_and_by_flags(num_ranks, layout, lines):
     shape = Shape(
         num_ranks, 45, 4, num_ranks * 4, 4, 256, 16 if layout == "expert" else 1, layout, tokens=(45, 5, 0, 31)
     )
-    tuning = kernels.Tuning(dispatch_line_tokens=lines, combine_line_tokens=lines, num_sms=8)
+    tuning = kernels.Tuning(dispatch_line_tokens=lines, num_sms=8)
     ranks = Ranks(num_ranks, sizes_for(shape), tuning=tuning)
     for seed in range(2):
         run_pair(ranks, shape, seed, repeat=2)
@@ -245,7 +245,7 @@ def test_gradients(layout, max_tokens):
     from epops.reference import combine as ref
 
     shape = Shape(3, max_tokens, 4, 12, 4, 256, alignment=4 if layout == "expert" else 1, layout=layout)
-    ranks = Ranks(3, sizes_for(shape), tuning=kernels.Tuning(combine_line_tokens=256))
+    ranks = Ranks(3, sizes_for(shape))
     device = ranks.device
     got, _, want = run_pair(ranks, shape, 8)
     settings = dict(num_experts=12, num_slots=4, max_tokens=max_tokens, layout=layout, top_k=4)
