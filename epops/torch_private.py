@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -262,16 +261,3 @@ def below_autograd() -> Any:
 def transforms_active() -> bool:
     """Whether a transform of torch.func (vmap, grad, functionalize) is running."""
     return torch._C._are_functorch_transforms_active()
-
-
-def leave_multiprocessors(number: int | None) -> None:
-    """Have matrix products that are launched from now on leave ``number`` multiprocessors to others; None: none.
-
-    Persistent products take all multiprocessors and run twice as long where some are busy.  Without the setting in this torch,
-    nothing happens.
-    """
-    setting = getattr(torch._C, "_set_sm_carveout_experimental", None)
-    if setting is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            setting(number)

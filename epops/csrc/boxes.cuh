@@ -99,22 +99,11 @@ __device__ __forceinline__ uint64_t locate(const AllToAllParams& p, const int64_
 }
 
 template <int kStep>
-__device__ __forceinline__ uint64_t load_step(uint64_t address);
-template <>
-__device__ __forceinline__ uint64_t load_step<8>(uint64_t address) {
-  return *reinterpret_cast<const uint64_t*>(address);
-}
-template <>
-__device__ __forceinline__ uint64_t load_step<4>(uint64_t address) {
-  return *reinterpret_cast<const uint32_t*>(address);
-}
-template <>
-__device__ __forceinline__ uint64_t load_step<2>(uint64_t address) {
-  return *reinterpret_cast<const uint16_t*>(address);
-}
-template <>
-__device__ __forceinline__ uint64_t load_step<1>(uint64_t address) {
-  return *reinterpret_cast<const uint8_t*>(address);
+__device__ __forceinline__ uint64_t load_step(uint64_t address) {
+  if constexpr (kStep == 8) return *reinterpret_cast<const uint64_t*>(address);
+  if constexpr (kStep == 4) return *reinterpret_cast<const uint32_t*>(address);
+  if constexpr (kStep == 2) return *reinterpret_cast<const uint16_t*>(address);
+  if constexpr (kStep == 1) return *reinterpret_cast<const uint8_t*>(address);
 }
 
 template <int kStep>

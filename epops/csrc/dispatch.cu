@@ -322,11 +322,6 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __g
   if (threadIdx.x < 32) trace(10);
 }
 
-template <class T>
-int launch(const DispatchParams& p, cudaStream_t stream) {
-  return launch_kernel(dispatch_kernel<T>, p, p.launch, dispatch_shared_bytes(p), stream);
-}
-
 }  // namespace
 
 #ifdef EPOPS_TRACE
@@ -336,17 +331,10 @@ int read_dispatch_trace(uint64_t* out) { return cudaMemcpyFromSymbol(out, trace_
 uint64_t dispatch_shared_bytes(const DispatchParams& p) { return 4 * places_words(p); }
 
 int launch_dispatch(const DispatchParams& p, void* stream) {
-  const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (p.x_dtype) {
-    case kBf16:
-      return launch<__nv_bfloat16>(p, on);
-    case kFp16:
-      return launch<__half>(p, on);
-    case kFp32:
-      return launch<float>(p, on);
-    default:
-      return launch<uint8_t>(p, on);
-  }
+  return with_row_type(p.x_dtype, [&](auto row) {
+    return launch_kernel(dispatch_kernel<decltype(row)>, p, p.launch, dispatch_shared_bytes(p),
+                         static_cast<cudaStream_t>(stream));
+  });
 }
 
 }  // namespace epops

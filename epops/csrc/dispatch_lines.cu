@@ -400,11 +400,6 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_lines_kernel(con
   if (threadIdx.x < 32) trace(7);
 }
 
-template <class T>
-int launch(const DispatchParams& p, cudaStream_t stream) {
-  return launch_kernel(dispatch_lines_kernel<T>, p, p.launch, dispatch_lines_shared_bytes(p), stream);
-}
-
 }  // namespace
 
 #ifdef EPOPS_TRACE
@@ -414,17 +409,10 @@ int read_dispatch_lines_trace(uint64_t* out) { return cudaMemcpyFromSymbol(out, 
 uint64_t dispatch_lines_shared_bytes(const DispatchParams& p) { return 4 * board_words(p); }
 
 int launch_dispatch_lines(const DispatchParams& p, void* stream) {
-  const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (p.x_dtype) {
-    case kBf16:
-      return launch<__nv_bfloat16>(p, on);
-    case kFp16:
-      return launch<__half>(p, on);
-    case kFp32:
-      return launch<float>(p, on);
-    default:
-      return launch<uint8_t>(p, on);
-  }
+  return with_row_type(p.x_dtype, [&](auto row) {
+    return launch_kernel(dispatch_lines_kernel<decltype(row)>, p, p.launch, dispatch_lines_shared_bytes(p),
+                         static_cast<cudaStream_t>(stream));
+  });
 }
 
 }  // namespace epops

@@ -1,6 +1,8 @@
 // How a kernel is put on a stream.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "params.h"
@@ -30,6 +32,21 @@ int launch_kernel(void (*kernel)(Params), const Params& p, const Launch& launch,
   config.attrs = &attribute;
   config.numAttrs = launch.pdl != 0 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+// Calls `run` with a value of the type of a dispatch's rows; bytes are rows that travel as they are.
+template <class Run>
+int with_row_type(int32_t dtype, Run run) {
+  switch (dtype) {
+    case kBf16:
+      return run(__nv_bfloat16{});
+    case kFp16:
+      return run(__half{});
+    case kFp32:
+      return run(float{});
+    default:
+      return run(uint8_t{});
+  }
 }
 
 }  // namespace epops
