@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 import epops
 from epops.torch_private import symmetric_empty
-from epops.transport.kernels import Plan
+from epops.transport.kernels import KEPT, Plan
 
 TOP_K, EXPERTS = 8, 256
 REACH = {16: 20.0, 128: 27.0, 512: 58.0, 4096: 350.0}
@@ -239,23 +239,23 @@ def sweep(rank: int, world: int, tokens: list[int]) -> list[dict[str, Any]]:
         if count <= 160:
             for blocks in (64, 128):
                 for parts in (15, 7, 5):
-                    plans["dispatch"].append(Plan(blocks, blocks, 1024, parts, parts, 0, 1))
+                    plans["dispatch"].append(Plan(blocks, blocks, 512, parts, 1, 0, 1, KEPT))
                     plans["combine"].append(Plan(min(blocks, count), min(blocks, count), 512, parts, parts, 0, 1))
         elif count <= 1024:
             for send in (7, 5, 3, 1):
                 for recv in (7, 3, 1):
-                    plans["dispatch"].append(Plan(128, 128, 1024, send, recv, 0, 1))
                     plans["combine"].append(Plan(128, 128, 512, send, recv, 0, 1))
+                plans["dispatch"].append(Plan(128, 128, 512, send, 1, 0, 1, KEPT))
             for senders in (64, 96):
-                plans["dispatch"].append(Plan(128, senders, 1024, 3, 1, 1, 1))
+                plans["dispatch"].append(Plan(128, senders, 512, 1, 1, 1, 1))
                 plans["combine"].append(Plan(128, senders, 512, 2, 1, 1, 1))
         else:
             for send in (1, 2, 3):
-                plans["dispatch"].append(Plan(128, 32, 1024, send, 1, 1, 1))
                 plans["combine"].append(Plan(128, 32, 512, send, 1, 1, 1))
                 plans["combine"].append(Plan(100, 32, 512, send, 1, 1, 1))
             plans["combine"].append(Plan(128, 32, 512, 2, 2, 0, 1))
-            plans["dispatch"].append(Plan(128, 128, 1024, 1, 1, 1, 1))
+            for blocks, senders in ((128, 32), (100, 32), (116, 32), (128, 24), (128, 40), (128, 128)):
+                plans["dispatch"].append(Plan(blocks, senders, 512, 1, 1, 1, 1))
             plans["combine"].append(Plan(128, 128, 512, 1, 1, 1, 1))
         calls = 20 if count <= 512 else 4
         for op in ("dispatch", "combine"):
@@ -270,7 +270,7 @@ def sweep(rank: int, world: int, tokens: list[int]) -> list[dict[str, Any]]:
 
 TRACE_POINTS = {
     "dispatch": "start, after earlier kernels, group state, counted, placed, told, sent, counts came, frame, rows, end",
-    "dispatch_lines": "start, after earlier kernels, group state, sent, selections came, frame, rows, end",
+    "dispatch_kept": "start, after earlier kernels, group state, made, selections came, told, frame, rows, end",
     "combine": "start, after earlier kernels, group state, sent, told, -, rows, end",
 }
 
@@ -285,7 +285,7 @@ def trace(rank: int, world: int, tokens: list[int]) -> None:
         for op in ("dispatch", "combine"):
             time = graph_time(getattr(runner, op), 10, 3)
             plan = runner.group.transport.plan(op, count, 7168)
-            kernel = op + "_lines" * plan.lines
+            kernel = op + ("", "_kept")[plan.rows_as]
             clocks = torch.tensor(_C.read_trace(kernel), dtype=torch.int64).view(256, 12)[: plan.num_blocks]
             if rank == 0:
                 print(f"trace {kernel} {count}: {time:.1f} us")

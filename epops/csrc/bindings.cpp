@@ -61,8 +61,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("max_tokens", &Workspace::max_tokens)
       .def_readwrite("max_top_k", &Workspace::max_top_k)
       .def_readwrite("max_slots", &Workspace::max_slots)
-      .def_readwrite("line_tokens", &Workspace::line_tokens)
-      .def_readwrite("line_bytes", &Workspace::line_bytes)
+      .def_readwrite("board_tokens", &Workspace::board_tokens)
       .def_readwrite("data_bytes", &Workspace::data_bytes)
       .def_readwrite("ring_bytes", &Workspace::ring_bytes)
       .def_readonly("ring_slots", &Workspace::ring_slots)
@@ -84,7 +83,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("recv_warps", &Launch::recv_warps)
       .def_readwrite("dynamic", &Launch::dynamic)
       .def_readwrite("phases", &Launch::phases)
-      .def_readwrite("lines", &Launch::lines)
+      .def_readwrite("rows_as", &Launch::rows_as)
       .def_readwrite("pdl", &Launch::pdl);
 
   py::class_<Quant>(m, "Quant")
@@ -95,8 +94,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("eps_on_scale", &Quant::eps_on_scale)
       .def_readwrite("clamp", &Quant::clamp)
       .def_readwrite("e5m2", &Quant::e5m2)
+      .def_readwrite("usual", &Quant::usual)
       .def_readwrite("eps", &Quant::eps)
-      .def_readwrite("top", &Quant::top);
+      .def_readwrite("top", &Quant::top)
+      .def_readwrite("top_inverse", &Quant::top_inverse);
 
   py::class_<DispatchParams> d(m, "DispatchParams");
   d.def(py::init([] { return DispatchParams{}; }))
@@ -127,10 +128,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("tiles", &DispatchParams::tiles)
       .def_readwrite("chunk_tokens", &DispatchParams::chunk_tokens)
       .def_readwrite("num_chunks", &DispatchParams::num_chunks)
-      .def_readwrite("line_bytes", &DispatchParams::line_bytes)
+      .def_readwrite("num_stages", &DispatchParams::num_stages)
+      .def_readwrite("stage_bytes", &DispatchParams::stage_bytes)
+      .def_readwrite("piece_bytes", &DispatchParams::piece_bytes)
       .def_readwrite("call_hash", &DispatchParams::call_hash)
       .def("shared_bytes", &dispatch_shared_bytes)
-      .def("lines_shared_bytes", &dispatch_lines_shared_bytes);
+      .def("kept_shared_bytes", &dispatch_kept_shared_bytes);
   address(d, "x", &DispatchParams::x);
   address(d, "x_scales", &DispatchParams::x_scales);
   address(d, "topk_idx", &DispatchParams::topk_idx);
@@ -237,7 +240,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   address(a, "status", &AllToAllParams::status);
 
   m.def("launch_dispatch", [](const DispatchParams& p, uintptr_t stream) {
-    const auto launch = p.launch.lines != 0 ? launch_dispatch_lines : launch_dispatch;
+    const auto launch = p.launch.rows_as == kKept ? launch_dispatch_kept : launch_dispatch;
     check(launch(p, reinterpret_cast<void*>(stream)), "dispatch");
   });
   m.def("launch_combine", [](const CombineParams& p, uintptr_t stream) {
@@ -253,7 +256,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("read_trace", [](const std::string& op) {
     std::vector<uint64_t> clocks(256 * 12);
     const auto read = op == "dispatch"         ? read_dispatch_trace
-                      : op == "dispatch_lines" ? read_dispatch_lines_trace
+                      : op == "dispatch_kept"  ? read_dispatch_kept_trace
                                                : read_combine_trace;
     check(read(clocks.data()), "read_trace");
     return clocks;

@@ -1,11 +1,12 @@
 // dispatch: token rows to the ranks of their experts, grouped as they arrive.
 //
-// One kernel, for batches of many tokens; dispatch_lines.cu has few. Sending blocks: count the selections of their
-// chunks of tokens, post the counts to all ranks, then store each row once a destination into the slot that belongs to
-// (this rank, token) there, with its entries (slot, position in the chunk, weight a selection); the poster releases a
-// flag a token. All blocks: wait for everybody's counts, from which every row's place follows, write what follows from
-// counts alone, and copy each row to its places as its flag comes. Own rows never travel: they are read, and quantized,
-// from x. Sending waits for no block of this rank, so blocks need not be resident together.
+// One kernel, for batches of many tokens; dispatch_kept.cu has few. Sending blocks: count the selections of their
+// chunks of tokens, post the counts to all ranks, then send each row once a destination into the slot that belongs to
+// (this rank, token) there, with its entries (slot, position in the chunk, weight a selection), and a flag a token. All
+// blocks: wait for everybody's counts, from which every row's place follows, write what follows from counts alone, and
+// copy each row to its places as its flag comes. Own rows never travel: they are read, and quantized, from x. A warp
+// takes a token; rows pass through its stage in shared memory, which bulk copies fill and empty. Sending waits for no
+// block of this rank, so blocks need not be resident together.
 #include "landing.cuh"
 #include "launch.cuh"
 #include "rows.cuh"
@@ -13,65 +14,136 @@
 namespace epops {
 namespace {
 
+// Shared memory: places, a barrier a warp, stages.
+__host__ __device__ inline uint64_t stages_at(const DispatchParams& p) {
+  return (4 * places_words(p) + 8 + p.launch.num_threads / 4 + 127) / 128 * 128;
+}
+
 constexpr uint32_t kNoEntry = 0xffffffffu;  // .x of an entry: slot << 20 | position; .y: the weight
+
+// ---- a warp's stage
+// ----------------------------------------------------------------------------------------------------------
+
+// Room for a piece of a row, and for all its scales.
+struct Stage {
+  uint8_t *bytes, *scales;
+  Arrival arrival;
+
+  __device__ __forceinline__ Stage(uint8_t* shared, const DispatchParams& p) {
+    const int warp = threadIdx.x / 32;
+    bytes = shared + stages_at(p) + static_cast<uint64_t>(warp) * p.stage_bytes;
+    scales = bytes + p.piece_bytes;
+    arrival.barrier = reinterpret_cast<uint64_t*>(shared + (4 * places_words(p) + 7) / 8 * 8) + warp;
+    arrival.parity = 0;
+    if (threadIdx.x % 32 == 0) init_arrival(arrival.barrier);
+  }
+};
+
+// A token's row from x, quantized where T is a number, through the stage to all of `sink`, and its scales; by one warp.
+// The stage is free before, and read from after.
+template <class T>
+__device__ __forceinline__ void row_from_x(const DispatchParams& p, Stage& stage, int token, const Copies& sink) {
+  const int lane = threadIdx.x % 32;
+  const float row_amax = row_amax_of<T>(p, token);
+  const int shift = 31 - __clz(max(1, p.quant.block));  // blocks are powers of two
+  Piece<T> piece;
+  if constexpr (sizeof(T) > 1) piece.load(p, token, lane * 16);
+#pragma unroll 1
+  for (int at0 = 0; at0 < p.row_bytes; at0 += p.piece_bytes) {
+    const int end = min(at0 + p.piece_bytes, p.row_bytes);
+    if (at0 != 0) bulk_wait_read();
+    if constexpr (sizeof(T) == 1) {
+      bulk_load(stage.bytes, static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(token) * p.row_bytes + at0,
+                end - at0, nullptr, nullptr, 0, stage.arrival);
+      await_bulk(stage.arrival);
+    } else {
+#pragma unroll 1
+      for (int at = at0 + lane * 16; at - lane * 16 < end; at += 512) {
+        const Piece<T> now = piece;
+        piece.load(p, token, at + 512);
+        float scale = 0.f;
+        const uint4 v = now.finish(p, row_amax, &scale);
+        if (at < end) *reinterpret_cast<uint4*>(stage.bytes + at - at0) = v;
+        const bool first = p.quant.block == 0 ? at == 0 : (at & (p.quant.block - 1)) == 0;
+        if (first && at < end) reinterpret_cast<float*>(stage.scales)[at >> shift] = scale;
+      }
+      fence_before_bulk();
+      __syncwarp();
+    }
+    bulk_store(sink.row + at0, sink.lanes, stage.bytes, end - at0);
+    if (end < p.row_bytes) bulk_commit();
+  }
+  if constexpr (sizeof(T) == 1) {
+#pragma unroll 1
+    for (int b = lane; b < p.num_scales; b += 32) {
+      ::epops::store_scale(stage.scales, b, p.wire_scale_bytes, given_scale(p, token, b));
+    }
+    fence_before_bulk();
+    __syncwarp();
+  }
+}
 
 // ---- sending
 // --------------------------------------------------------------------------------------------------------------
 
-// One token by the warps of its team; `at` is where its selections lie in `slot` and `position`.
+// One token; `at` is where its selections lie in `slot` and `position`. Its row is on its way on return.
 template <class T>
-__device__ __forceinline__ void send_token(const DispatchParams& p, const Places& s, const Op& op, const Team& t,
+__device__ __forceinline__ void send_token(const DispatchParams& p, const Places& s, const Op& op, Stage& stage,
                                            int token, int at) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
   const bool selected = lane < p.top_k;
   const int packed = selected ? s.slot[at + lane] : -1;
   const int rank = packed >= 0 ? packed & 0xff : -1;
   uint2 mine = make_uint2(kNoEntry, 0);
-  if (t.part == 0) {
-    if (packed >= 0) {
-      mine.x = static_cast<uint32_t>((packed >> 8) - rank * p.num_slots) << 20 |
-               static_cast<uint32_t>(s.position[at + lane]);
-      mine.y = __float_as_uint(p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane]);
-    }
-    // Own entries carry the epoch and need no flag: [E].
-    if (selected) {
-      uint64_t* own = reinterpret_cast<uint64_t*>(entries(p.ws, me, op.parity, me, token));
-      st_relaxed_sys(own + lane, tagged(op.epoch, rank == me ? mine.x : kNoEntry));
-    }
+  if (packed >= 0) {
+    mine.x = static_cast<uint32_t>((packed >> 8) - rank * p.num_slots) << 20 |
+             static_cast<uint32_t>(s.position[at + lane]);
+    mine.y = __float_as_uint(p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane]);
+  }
+  // Own entries carry the epoch and need no flag: [E].
+  if (selected) {
+    uint64_t* own = reinterpret_cast<uint64_t*>(entries(p.ws, me, op.parity, me, token));
+    st_relaxed_sys(own + lane, tagged(op.epoch, rank == me ? mine.x : kNoEntry));
   }
   Copies sink{0, 0, 0, p.wire_scale_bytes, p.wire_scale_bytes, false};
 #pragma unroll 1
   for (uint32_t left = __ballot_sync(~0u, rank >= 0 && rank != me && s.closed[rank] == 0); left != 0;) {
     const int peer = __shfl_sync(~0u, rank, __ffs(left) - 1);
     left &= ~__ballot_sync(~0u, rank == peer);
-    if (t.part == 0 && selected) {
+    if (selected) {
       entries(p.ws, peer, op.parity, me, token)[lane] = rank == peer ? mine : make_uint2(kNoEntry, 0);
     }
     const uint32_t free = sink.lanes + 1;  // lanes fill from 0
     if (1u << lane == free) {
       sink.row = reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token, p.max_tokens, p.record_bytes));
-      sink.scales = sink.row + p.row_bytes;
     }
     sink.lanes |= free;
   }
-  if (sink.lanes != 0) row_from_x<T>(p, token, t, sink);
+  bulk_wait_read();  // the token before has left the stage
+  if (sink.lanes != 0) {
+    row_from_x<T>(p, stage, token, sink);
+    // Records have room for scales in whole units of 16 bytes.
+    if (p.num_scales != 0) {
+      bulk_store(sink.row + p.row_bytes, sink.lanes, stage.scales, p.record_bytes - p.row_bytes);
+    }
+  }
+  bulk_commit();
 }
 
-// Flags of tokens [first, first + count) to every peer: 1 a row came, 0 none does.
-__device__ __forceinline__ void tell_peers(const DispatchParams& p, const Places& s, const Op& op, int first, int at,
-                                           int count) {
+// The flag of a token to every peer: 1 its row has landed, 0 none comes.
+__device__ __forceinline__ void tell_peers(const DispatchParams& p, const Places& s, const Op& op, int token, int at) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
+  fence_acq_rel_sys();  // entries; of the row, this warp has seen that it is there
 #pragma unroll 1
-  for (int i = lane; i < count * p.ws.num_ranks; i += 32) {
-    const int token = i / p.ws.num_ranks, peer = i % p.ws.num_ranks;
+  for (int peer = lane; peer < p.ws.num_ranks; peer += 32) {
     if (peer == me || s.takes_part[peer] == 0 || s.closed[peer] != 0) continue;
     uint32_t has = 0;
 #pragma unroll 1
     for (int k = 0; k < p.top_k; ++k) {
-      const int packed = s.slot[(at + token) * p.top_k + k];
+      const int packed = s.slot[at + k];
       if (packed >= 0 && (packed & 0xff) == peer) has = 1;
     }
-    st_relaxed_sys(flag(p.ws, peer, op.parity, me, first + token), tagged(op.epoch, has));
+    st_relaxed_sys(flag(p.ws, peer, op.parity, me, token), tagged(op.epoch, has));
   }
 }
 
@@ -86,7 +158,7 @@ struct Cut {
 };
 
 template <class T>
-__device__ __forceinline__ void send_all(const DispatchParams& p, const Places& s, const Op& op, const Team& t) {
+__device__ __forceinline__ void send_all(const DispatchParams& p, const Places& s, const Op& op, Stage& stage) {
   const int num_ranks = p.ws.num_ranks, keys = num_ranks * (p.num_slots + 1);
   const Cut cut(p);
   const int chunk0 = blockIdx.x / cut.parts, part = blockIdx.x % cut.parts;
@@ -123,7 +195,7 @@ __device__ __forceinline__ void send_all(const DispatchParams& p, const Places& 
   }
   __syncthreads();
   const int batch = kPlaceEntries / p.top_k / 32 * 32;  // tokens whose places fit
-  const Outbox outbox{s.done, &s.words[kPosted]};
+  const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   bool again = false;
 #pragma unroll 1
   for (int chunk = chunk0; chunk < p.num_chunks; chunk += p.launch.num_senders) {
@@ -133,7 +205,6 @@ __device__ __forceinline__ void send_all(const DispatchParams& p, const Places& 
       const int num = min(batch, last - base);
       if (again) {
         __syncthreads();
-        if (threadIdx.x == 0) s.words[kPosted] = 0;
         if (base == first) {
 #pragma unroll 1
           for (int i = threadIdx.x; i < keys * (1 + p.tiles); i += blockDim.x) s.before[i] = 0;  // and the bits
@@ -143,18 +214,21 @@ __device__ __forceinline__ void send_all(const DispatchParams& p, const Places& 
       again = true;
       place_tokens(p, s, base, base + num, base + num < last);  // ends with a block barrier
       if (threadIdx.x < 32) trace(4);
-      if (t.poster) {
-        outbox.post(num, t.parts, [&](int item, int count) { tell_peers(p, s, op, base + item, item, count); });
-        trace(5);
-      } else if (t.id >= 0) {
+      // A token is told of when the next one is on its way.
+      int told = warp;
 #pragma unroll 1
-        for (int item = t.id; item < num; item += t.num_teams) {
-          outbox.begin(item);
-          send_token<T>(p, s, op, t, base + item, item * p.top_k);
-          outbox.finish(item);
+      for (int item = warp; item < num; item += num_warps) {
+        send_token<T>(p, s, op, stage, base + item, item * p.top_k);
+        if (item != warp) {
+          bulk_wait<1>();
+          tell_peers(p, s, op, base + told, told * p.top_k);
+          told += num_warps;
         }
-        if (threadIdx.x < 32) trace(6);
       }
+      if (threadIdx.x < 32) trace(6);
+      bulk_wait<0>();
+      if (told < num) tell_peers(p, s, op, base + told, told * p.top_k);
+      if (threadIdx.x < 32) trace(5);
     }
   }
 }
@@ -170,13 +244,13 @@ __device__ __forceinline__ Landing land(const DispatchParams& p, const Places& s
 }
 
 template <class T>
-__device__ __forceinline__ void receive_own(const DispatchParams& p, const Places& s, const Op& op, const Team& t,
+__device__ __forceinline__ void receive_own(const DispatchParams& p, const Places& s, const Op& op, Stage& stage,
                                             int token) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
   uint32_t entry = kNoEntry;
   float weight = 0.f;
   if (token < s.num_tokens[me] && lane < p.top_k) {
-    if (t.part == 0) weight = p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane];
+    weight = p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane];
     // [E] every word for itself, from the warp of this rank that sent the token
     const uint64_t* words = reinterpret_cast<const uint64_t*>(entries(p.ws, me, op.parity, me, token));
     if (!wait_word(p.ws, words + lane, op.epoch, me, kPhaseRows, &entry)) {
@@ -186,56 +260,62 @@ __device__ __forceinline__ void receive_own(const DispatchParams& p, const Place
   }
   __syncwarp();
   const Landing l = land(p, s, me, token, entry);
-  if (l.to_copy != 0) row_from_x<T>(p, token, t, to_rows(p, l.row, l.to_copy));
-  if (t.part == 0) write_row_facts(p, l, me, token, weight);
+  bulk_wait_read();  // the token before has left the stage
+  if (l.to_copy != 0) {
+    const Copies sink = to_rows(p, l.row, l.to_copy);
+    row_from_x<T>(p, stage, token, sink);
+    store_scales(p, sink, stage.scales);
+    fence_before_bulk();  // scales may have been read from the stage
+  }
+  bulk_commit();
+  write_row_facts(p, l, me, token, weight);
 }
 
-__device__ __forceinline__ void receive_theirs(const DispatchParams& p, const Places& s, const Op& op, const Team& t,
+__device__ __forceinline__ void receive_theirs(const DispatchParams& p, const Places& s, const Op& op, Stage& stage,
                                                int source, int token) {
-  const int lane = threadIdx.x % 32;
-  uint2 entry = make_uint2(kNoEntry, 0);
+  const int lane = threadIdx.x % 32, me = p.ws.rank;
   uint32_t has = 0;
   if (lane == 0 && token < s.num_tokens[source] &&
-      !wait_word(p.ws, flag(p.ws, p.ws.rank, op.parity, source, token), op.epoch, source, kPhaseRows, &has)) {
+      !wait_word(p.ws, flag(p.ws, me, op.parity, source, token), op.epoch, source, kPhaseRows, &has)) {
     has = 0;
     s.words[kFailed] = 1;
   }
-  __syncwarp();  // what lane 0 acquired, the others may read
+  fence_before_bulk();
+  bulk_wait_read();  // the token before has left the stage; what lane 0 acquired, the others may read
   has = __shfl_sync(~0u, has, 0);
-  const uint8_t* from = record(p.ws, p.ws.rank, op.parity, source, token, p.max_tokens, p.record_bytes);
-  RowBytes<4> bytes;
-  if (has != 0) {
-    if (lane < p.top_k) entry = ld_no_allocate8(entries(p.ws, p.ws.rank, op.parity, source, token) + lane);
-    bytes.load(from, p.row_bytes, t.part * 512, t);
-  }
-  // Scales too are asked for before it is known where they go.
-  const bool scaled = p.num_scales != 0 && t.part == t.parts - 1 && has != 0;
-  uint32_t scale[2] = {0, 0};
-  if (scaled) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (i * 32 + lane < p.num_scales) scale[i] = load_scale(from + p.row_bytes, i * 32 + lane, p.wire_scale_bytes);
-    }
+  uint2 entry = make_uint2(kNoEntry, 0);
+  const uint8_t* from = record(p.ws, me, op.parity, source, token, p.max_tokens, p.record_bytes);
+  const int scale_room = p.record_bytes - p.row_bytes;
+  if (has != 0) {  // the first piece is asked for before it is known where it goes
+    bulk_load(stage.bytes, from, min(p.piece_bytes, p.row_bytes), stage.scales, from + p.row_bytes, scale_room,
+              stage.arrival);
+    if (lane < p.top_k) entry = ld_no_allocate8(entries(p.ws, me, op.parity, source, token) + lane);
   }
   const Landing l = land(p, s, source, token, entry.x);
-  if (l.to_copy != 0) {
+  if (has != 0) {
+    await_bulk(stage.arrival);
     const Copies sink = to_rows(p, l.row, l.to_copy);
-    bytes.store(p.row_bytes, t.part * 512, t, sink);
-    copy_rest<4>(from, p.row_bytes, t.part * 512 + 4 * t.parts * 512, t, sink);
-    if (scaled) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (i * 32 < p.num_scales) sink.scale(i * 32 + lane, i * 32 + lane < p.num_scales, scale[i]);
+#pragma unroll 1
+    for (int at = 0; at < p.row_bytes && sink.lanes != 0; at += p.piece_bytes) {
+      const int num = min(p.piece_bytes, p.row_bytes - at);
+      if (at != 0) {
+        bulk_commit();
+        bulk_wait_read();
+        bulk_load(stage.bytes, from + at, num, nullptr, nullptr, 0, stage.arrival);
+        await_bulk(stage.arrival);
       }
-      if (p.num_scales > 64) copy_scales(from + p.row_bytes, 1, p.wire_scale_bytes, p.num_scales, 64, sink);
+      bulk_store(sink.row + at, sink.lanes, stage.bytes, num);
     }
+    if (sink.lanes != 0) store_scales(p, sink, stage.scales);
+    fence_before_bulk();  // scales may have been read from the stage
   }
-  if (t.part == 0) write_row_facts(p, l, source, token, __uint_as_float(entry.y));
+  bulk_commit();
+  write_row_facts(p, l, source, token, __uint_as_float(entry.y));
 }
 
 template <class T>
-__device__ __forceinline__ void receive_all(const DispatchParams& p, const Places& s, const Op& op, const Team& t) {
-  if (t.id < 0) return;
+__device__ __forceinline__ void receive_all(const DispatchParams& p, const Places& s, const Op& op, const Team& t,
+                                            Stage& stage) {
   // Peers send from the start of each of their blocks' ranges at once; tokens are taken in that order.
   const Cut cut(p);
   const int ranges = p.launch.dynamic ? p.num_chunks * cut.parts : 1;
@@ -251,23 +331,22 @@ __device__ __forceinline__ void receive_all(const DispatchParams& p, const Place
     if (p.launch.dynamic && inside >= p.chunk_tokens) continue;
     if (token >= p.max_tokens) continue;
     if (source == p.ws.rank) {
-      receive_own<T>(p, s, op, t, token);
+      receive_own<T>(p, s, op, stage, token);
     } else {
-      receive_theirs(p, s, op, t, source, token);
+      receive_theirs(p, s, op, stage, source, token);
     }
   }
 }
 template <class T>
 __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams p) {
-  extern __shared__ uint32_t shared[];
-  const Places s = carve(shared, p);
+  extern __shared__ __align__(128) uint8_t shared[];
+  const Places s = carve(reinterpret_cast<uint32_t*>(shared), p);
+  Stage stage(shared, p);
   const bool sender = (p.launch.phases & 1) != 0 && blockIdx.x < p.launch.num_senders;
   const int keys = p.ws.num_ranks * (p.num_slots + 1);
   const uint64_t region = region_bytes(p.ws, p.max_tokens, p.record_bytes);
 #pragma unroll 1
   for (int i = threadIdx.x; i < (2 + p.tiles) * keys; i += blockDim.x) s.count[i] = 0;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) s.done[i] = 0;
   if (threadIdx.x < kNumWords) s.words[threadIdx.x] = 0;
   if (threadIdx.x < 32) trace(0);
   wait_for_earlier_kernels();
@@ -299,25 +378,19 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __g
     if (op.excluded) {
       send_nothing(p);
     } else {
-      send_all<T>(p, s, op, my_team(p.launch.send_warps));
+      send_all<T>(p, s, op, stage);
     }
   }
   if ((p.launch.phases & 2) == 0) return;
-  const Team t = my_team(p.launch.recv_warps);
-  if (!t.poster) {
-    wait_counts(p, s, op, t);
-    if (threadIdx.x < 32) trace(7);
-    // Where a block has several teams, the first one's token is a peer's: it goes on to wait for that.
-    const int apart = p.launch.dynamic == 0 && t.num_teams > 1 ? t.parts * 32 : 0;
-    const int thread = static_cast<int>(threadIdx.x) - apart;
-    if (thread >= 0) {
-      if (blockIdx.x == 0 && thread < 32) write_facts(p, s, op);
-      write_frame(p, s, thread, t.num_threads - apart);
-    }
-    if (threadIdx.x < 32) trace(8);
-    receive_all<T>(p, s, op, t);
-    if (threadIdx.x < 32) trace(9);
-  }
+  const Team t = my_team(1, 0);
+  wait_counts(p, s, op, t);
+  if (threadIdx.x < 32) trace(7);
+  if (blockIdx.x == 0 && threadIdx.x < 32) write_facts(p, s, op);
+  write_frame(p, s, threadIdx.x, blockDim.x);
+  if (threadIdx.x < 32) trace(8);
+  receive_all<T>(p, s, op, t, stage);
+  bulk_wait<0>();
+  if (threadIdx.x < 32) trace(9);
   end_op(p.ws, op, region, &s.words[kFailed], [&] { zero_lost_sources(p, s); });
   if (threadIdx.x < 32) trace(10);
 }
@@ -328,7 +401,9 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __g
 int read_dispatch_trace(uint64_t* out) { return cudaMemcpyFromSymbol(out, trace_clock, sizeof(trace_clock)); }
 #endif
 
-uint64_t dispatch_shared_bytes(const DispatchParams& p) { return 4 * places_words(p); }
+uint64_t dispatch_shared_bytes(const DispatchParams& p) {
+  return stages_at(p) + static_cast<uint64_t>(p.launch.num_threads / 32) * p.stage_bytes;
+}
 
 int launch_dispatch(const DispatchParams& p, void* stream) {
   return with_row_type(p.x_dtype, [&](auto row) {

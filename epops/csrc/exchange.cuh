@@ -62,14 +62,7 @@ __device__ __forceinline__ uint2* entries(const Workspace& ws, int owner, int pa
 }
 __device__ __forceinline__ uint64_t* selections(const Workspace& ws, int owner, int parity, int source) {
   return reinterpret_cast<uint64_t*>(ws.base[owner] + ws.selections_offset) +
-         static_cast<uint64_t>(parity * ws.num_ranks + source) * ws.line_tokens * ((ws.max_top_k + 1) / 2);
-}
-// Lines of `token` of rank `source`; like records, a rank keeps none for itself.
-__device__ __forceinline__ uint8_t* lines_of(const Workspace& ws, int owner, int parity, int source, int token,
-                                             int line_bytes) {
-  const uint64_t place = parity * (ws.num_ranks - 1) + (source < owner ? source : source - 1);
-  return reinterpret_cast<uint8_t*>(ws.base[owner] + ws.lines_offset) +
-         place * ws.line_tokens * static_cast<uint64_t>(ws.line_bytes) + static_cast<uint64_t>(token) * line_bytes;
+         static_cast<uint64_t>(parity * ws.num_ranks + source) * ws.board_tokens * ((ws.max_top_k + 1) / 2);
 }
 // Bytes of the data area that an op takes.
 __device__ __forceinline__ uint64_t region_bytes(const Workspace& ws, int max_tokens, int record_bytes) {

@@ -9,16 +9,16 @@ namespace epops {
 
 constexpr int kMaxRanks = 128;
 constexpr int kMaxTopK = 32;
-constexpr int kDispatchThreads = 1024;
+constexpr int kDispatchThreads = 512;
+constexpr int kKeptThreads = 512;
 constexpr int kCombineThreads = 512;  // fewer, with twice the registers: more rows in flight a thread
 constexpr int kPlaceEntries = 2048;   // selections whose places a block keeps in shared memory at a time
 constexpr int kMaxSlots = 4096;       // an entry packs the slot in 12 bits and the position in 20
 constexpr int kMaxTokens = 1 << 20;
 
 // One rank's memory, mapped by all peers, zero before the first op. The same offsets on every rank. Tagged areas
-// (headers, counts, flags, selections) hold 64-bit words {epoch, value}, lines 16 bytes of which the last 4 are the
-// epoch (lines.cuh); they are never used for anything else, so that what an earlier op left there cannot be taken for
-// this op's. Everything but the control block and the data exists twice: op s uses copy s % 2. A rank that sees a word
+// (headers, counts, flags, selections) hold 64-bit words {epoch, value}; they are never used for anything else, so that
+// what an earlier op left there cannot be taken for this op's. Everything but the control block and the data exists twice: op s uses copy s % 2. A rank that sees a word
 // of op s from a peer knows that the peer has finished op s - 1, so copy (s + 1) % 2 there is free to write. The data
 // area is one: even ops use its low end, odd ops its high end, and an op that overlaps the one before waits for a word
 // of its own from a peer before it stores rows there.
@@ -27,8 +27,7 @@ struct Workspace {
   uint64_t counts_offset;      // [2][R][max_chunks(R)][max_slots + kCountWords] tagged
   uint64_t flags_offset;       // [2][R][max_tokens] tagged
   uint64_t entries_offset;     // [2][R][max_tokens][max_top_k] 8 bytes
-  uint64_t selections_offset;  // [2][R][line_tokens][(max_top_k + 1) / 2] tagged
-  uint64_t lines_offset;       // [2][R - 1][line_tokens] records of at most line_bytes
+  uint64_t selections_offset;  // [2][R][board_tokens][(max_top_k + 1) / 2] tagged
   uint64_t data_offset;        // [R - 1][M] records, from the low or the high end
   uint64_t data_bytes;
   uint64_t ring_offset;  // of all_to_all, see ring.cuh; nothing where ring_bytes is 0
@@ -40,8 +39,7 @@ struct Workspace {
   int32_t max_tokens;
   int32_t max_top_k;
   int32_t max_slots;
-  int32_t line_tokens;   // tokens that the lines have room for, 0 none
-  int32_t line_bytes;    // of one token's
+  int32_t board_tokens;  // tokens whose selections have room, 0 none
   int32_t ring_slots;    // chunks that a pair has room for
   int32_t slot_bytes;    // of one chunk at most
   int32_t tagged_bytes;  // a piece up to this size travels as tagged words
@@ -64,9 +62,13 @@ struct Launch {
   int32_t recv_warps;
   int32_t dynamic;  // warps take tokens from a counter as they come free; only with one warp a token received
   int32_t phases;   // 1 send, 2 receive, 3 both
-  int32_t lines;    // rows travel as lines (lines.cuh), which need no flags; equal on all ranks, as the call's hash is
+  int32_t rows_as;  // of a dispatch, enum RowsAs; equal on all ranks, as the call's hash is
   int32_t pdl;
 };
+
+// How a dispatch's rows travel: behind counts (dispatch.cu), or kept by their sender till all are placed
+// (dispatch_kept.cu).
+enum RowsAs : int32_t { kCounted = 0, kKept = 1 };
 
 enum Layout : int32_t { kExpert = 0, kRank = 1, kBatched = 2 };
 enum ScaleFormat : int32_t { kFloat32 = 0, kUe8m0 = 1, kFloat32Pow2 = 2 };
@@ -80,8 +82,10 @@ struct Quant {
   int32_t eps_on_scale;
   int32_t clamp;
   int32_t e5m2;
+  int32_t usual;  // block 128, kFloat32, kDivide, eps on the largest magnitude, e4m3: the quantizer has a path for it
   float eps;
   float top;
+  float top_inverse;  // 1 / top, rounded
 };
 
 struct DispatchParams {
@@ -116,7 +120,9 @@ struct DispatchParams {
   int32_t tiles;         // of 32 tokens, placed together
   int32_t chunk_tokens;  // tokens that are counted together; from sizes alone, as peers read the counts
   int32_t num_chunks;    // of max_tokens
-  int32_t line_bytes;    // of a token's lines
+  int32_t num_stages;    // records that a block of dispatch_kept.cu has room for
+  int32_t stage_bytes;   // of shared memory that a warp, or a kept record, has
+  int32_t piece_bytes;   // of a row that pass through a stage of dispatch.cu at once, a multiple of 512 or all of it
   uint32_t call_hash;
 };
 
@@ -200,17 +206,17 @@ enum Phase : int32_t { kPhaseHeader = 1, kPhaseCounts = 2, kPhaseRows = 3, kPhas
 uint64_t layout_workspace(Workspace& ws);
 // Bytes of dynamic shared memory that the kernels need; the host compares with the device's limit.
 uint64_t dispatch_shared_bytes(const DispatchParams& p);
-uint64_t dispatch_lines_shared_bytes(const DispatchParams& p);
+uint64_t dispatch_kept_shared_bytes(const DispatchParams& p);
 // Launch on `stream`; return a cudaError_t.
 int launch_dispatch(const DispatchParams& p, void* stream);
-int launch_dispatch_lines(const DispatchParams& p, void* stream);
+int launch_dispatch_kept(const DispatchParams& p, void* stream);
 int launch_combine(const CombineParams& p, void* stream);
 int launch_scatter(const ScatterParams& p, void* stream);
 int launch_all_to_all(const AllToAllParams& p, void* stream);
 
 #ifdef EPOPS_TRACE
 int read_dispatch_trace(uint64_t* out);  // (256, 12)
-int read_dispatch_lines_trace(uint64_t* out);
+int read_dispatch_kept_trace(uint64_t* out);
 int read_combine_trace(uint64_t* out);
 #endif
 

@@ -58,55 +58,81 @@ __device__ __forceinline__ void find_starts(const DispatchParams& p, const Place
     if (lane == 0) {
       s.start[p.num_slots] = carry;  // the last aligned end
       if (p.layout == kRank) kept = min(s.tally[p.num_slots], p.capacity);
-      s.words[kKept] = kept;
+      s.words[kRowsKept] = kept;
     }
   }
 }
+
+// Walks words 0, 1, … of all sources, one of `threads` threads each, without a division a word.
+struct WordWalk {
+  int source, word;
+  int words, step_source, step_word;
+
+  __device__ __forceinline__ WordWalk(int words, int threads) : words(words) {
+    source = static_cast<int>(threadIdx.x) / words;
+    word = static_cast<int>(threadIdx.x) % words;
+    step_source = threads / words;
+    step_word = threads % words;
+  }
+  __device__ __forceinline__ void next() {
+    source += step_source;
+    word += step_word;
+    if (word >= words) {
+      word -= words;
+      ++source;
+    }
+  }
+};
 
 // Waits for the header and counts of every rank, words by threads. On return `total` has the rows for a slot from
 // sources and chunks before, `tally` the rows of a slot, `start` the first row of its group; kBits gathers every rank's
 // bits. By all warps but the poster.
 __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Places& s, const Op& op, const Team& t) {
-  constexpr int kAhead = 4;  // words on their way
+  constexpr int kAhead = 8;  // words on their way
   const int stride = p.num_slots + 1, words = p.num_slots + kCountWords;
-  const int of_source = 2 + p.num_chunks * words, all = p.ws.num_ranks * of_source;
+  const int of_source = 2 + p.num_chunks * words;
 #pragma unroll 1
   for (int source = threadIdx.x; source < p.ws.num_ranks; source += t.num_threads) {
     if (op.excluded || s.takes_part[source] == 0) s.lost[source] = 1;
     if (op.excluded) atomicOr(&s.words[kBits], kExcluded);
   }
+  WordWalk ahead(of_source, t.num_threads), at(of_source, t.num_threads);
+  const uint32_t by_words = 0xffffffffu / words + 1;  // x / words is the high half of x * by_words for small x
 #pragma unroll 1
-  for (int i0 = threadIdx.x; i0 < all; i0 += kAhead * t.num_threads) {
-    const uint64_t* from[kAhead];
+  while (at.source < p.ws.num_ranks) {
     uint64_t now[kAhead];
+    uint32_t asked = 0;
+    const auto place_of = [&](const WordWalk& walk) {
+      const uint32_t word = walk.word - 2, chunk = __umulhi(word, by_words);
+      return walk.word < 2 ? header(p.ws, p.ws.rank, op.parity, walk.source) + walk.word
+                           : counts(p.ws, p.ws.rank, op.parity, walk.source, chunk) + (word - chunk * words);
+    };
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const int i = i0 + a * t.num_threads, source = i / of_source, word = i % of_source - 2;
-      from[a] = nullptr;
-      if (i >= all || op.excluded || s.takes_part[source] == 0) continue;
-      from[a] = word < 0 ? header(p.ws, p.ws.rank, op.parity, source) + (word + 2)
-                         : counts(p.ws, p.ws.rank, op.parity, source, word / words) + word % words;
-      now[a] = ld_relaxed_sys(from[a]);
+    for (int a = 0; a < kAhead; ++a, ahead.next()) {
+      if (ahead.source >= p.ws.num_ranks || op.excluded || s.takes_part[ahead.source] == 0) continue;
+      now[a] = ld_relaxed_sys(place_of(ahead));
+      asked |= 1u << a;
     }
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      if (from[a] == nullptr) continue;
-      const int i = i0 + a * t.num_threads, source = i / of_source, word = i % of_source - 2;
+    for (int a = 0; a < kAhead; ++a, at.next()) {
+      if ((asked >> a & 1) == 0) continue;
+      const int source = at.source;
+      const uint32_t chunk = __umulhi(at.word - 2, by_words);
+      const int word = at.word - 2 - static_cast<int>(chunk) * words;
       uint32_t value = static_cast<uint32_t>(now[a]);
       // A peer whose call differs may have sent other counts: its hash, seen by another thread, ends this wait.
       if (static_cast<uint32_t>(now[a] >> 32) != op.epoch &&
-          !wait_slowly(p.ws, from[a], op.epoch, source, word < 0 ? kPhaseHeader : kPhaseCounts, &value,
+          !wait_slowly(p.ws, place_of(at), op.epoch, source, at.word < 2 ? kPhaseHeader : kPhaseCounts, &value,
                        &s.lost[source])) {
         lose_source(p, s, source);
-      } else if (word == -2) {
+      } else if (at.word == 0) {
         s.num_tokens[source] = static_cast<int>(min(value, static_cast<uint32_t>(p.max_tokens)));
-      } else if (word == -1) {
+      } else if (at.word == 1) {
         check_hash(p, s, op, source, value);
-      } else if (word % words < stride) {
-        s.total[(source * p.num_chunks + word / words) * stride + word % words] =
-            min(value, static_cast<uint32_t>(p.max_tokens));
+      } else if (word < stride) {
+        s.total[(source * p.num_chunks + chunk) * stride + word] = min(value, static_cast<uint32_t>(p.max_tokens));
       } else if (value != 0) {
-        note_bad(p, s, source, word % words > stride, static_cast<int>(value));
+        note_bad(p, s, source, word > stride, static_cast<int>(value));
       }
     }
   }
@@ -233,7 +259,7 @@ __device__ __forceinline__ void write_facts(const DispatchParams& p, const Place
     for (int step = 16; step > 0; step >>= 1) total += __shfl_xor_sync(~0u, total, step);
   }
   const int lane = threadIdx.x % 32;
-  const int kept = s.words[kKept], dropped = total - kept;
+  const int kept = s.words[kRowsKept], dropped = total - kept;
   const int bits = s.words[kBits] | (dropped != 0 ? kOverflow : 0);
   const int epoch = static_cast<int>(op.epoch & 0x7fffffff);
   const int facts[16] = {0x45504f31,     1,           p.layout,      p.num_tokens, p.max_tokens, p.top_k,

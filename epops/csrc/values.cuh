@@ -137,7 +137,7 @@ __device__ __forceinline__ Scale make_scale(float amax, const Quant& q) {
     s.inverse = q.math == kReciprocal ? __fmul_rn(__frcp_rn(amax), q.top) : __fdiv_rn(q.top, amax);
     s.value = __frcp_rn(s.inverse);
   } else {
-    s.value = amax > 1e-25f ? divide(amax, q.top, __frcp_rn(q.top)) : __fdiv_rn(amax, q.top);
+    s.value = amax > 1e-25f ? divide(amax, q.top, q.top_inverse) : __fdiv_rn(amax, q.top);
     s.inverse = 0.f;
   }
   if (q.eps_on_scale) s.value = max_nan(s.value, q.eps);
@@ -193,6 +193,16 @@ struct QuantLane {
   __device__ __forceinline__ float amax() const { return max_nan(raw[0].amax(), raw[1].amax()); }
   // All 32 lanes call it; `row_amax` is used where a scale covers the whole row.
   __device__ __forceinline__ uint4 finish(const Quant& q, float row_amax, float* scale) const {
+    if (q.usual) {  // the same without its choices, which cost as much as the numbers do
+      float top = amax();
+#pragma unroll
+      for (int step = 4; step > 0; step >>= 1) top = max_nan(top, __shfl_xor_sync(~0u, top, step));
+      top = max_nan(top, q.eps);
+      Scale s{top > 1e-25f ? divide(top, q.top, q.top_inverse) : __fdiv_rn(top, q.top), 0.f, 1};
+      s.inverse = __frcp_rn(s.value);
+      *scale = s.value;
+      return pack_fp8<true, __NV_E4M3>(raw[0].floats(), raw[1].floats(), s);
+    }
     float top = row_amax;
     if (q.block != 0) {
       top = amax();

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import zlib
 from collections.abc import Iterator
@@ -24,9 +25,10 @@ BYTES = 3
 MAX_RANKS, MAX_TOP_K = _C.max_ranks, _C.max_top_k
 ARCHS = [name for name in _C.cuda_archs.split(";") if name]
 QUANT_MATHS = {"divide": 0, "multiply": 1, "reciprocal": 2, "reciprocal_exact": 3}
-SHARED_BYTES = 150 << 10  # what a block takes at most, where it has a choice
-LINE_TOKENS, LINE_MEMORY = 256, 64 << 20  # what lines have room for: tokens a peer, bytes a rank
-TABLE_WORDS = 16 << 10  # selections that every block of a dispatch by lines reads, or counts that it keeps
+TABLE_BYTES = 100 << 10  # of shared memory that a dispatch of many tokens has for tables, where it has a choice
+BOARD_TOKENS = 1024  # tokens a rank whose selections have room
+BOARD_WORDS, TABLE_WORDS = 40 << 10, 16 << 10  # selections, or counts, that every block of a dispatch reads
+COUNTED, KEPT = range(2)  # how rows travel, csrc/params.h RowsAs
 QUANT_BLOCKS = words.QUANT_BLOCKS
 
 
@@ -40,7 +42,7 @@ class Plan(NamedTuple):
     recv_warps: int
     dynamic: int
     pdl: int = 0
-    lines: int = 0
+    rows_as: int = COUNTED
 
     def launch(self, phases: int = 3) -> Any:
         made = _C.Launch()
@@ -56,8 +58,9 @@ class Tuning:
 
     ``num_sms``: blocks that send on the throughput path; ``spare_sms`` and ``spare_sms_throughput``: multiprocessors that
     no block of ours ever holds, so that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M
-    up to which all warps of a block, or a few, share a token; above, each warp has its own. ``dispatch_line_tokens``: M up
-    to which dispatch sends rows as lines, which carry the epoch with the data (csrc/lines.cuh); alike on every rank.
+    up to which all warps of a block, or a few, share a token; above, each warp has its own. ``dispatch_kept_tokens``: M up
+    to which the blocks of a dispatch keep the rows that they send (csrc/dispatch_kept.cu), where those fit; alike on every
+    rank, as is what else sets the number of blocks.
     ``limit_blocks``: at most so many blocks (0: no limit). ``beside_sms``: blocks of an op that a start half runs on a
     second stream, up to M ``beside_tokens``; above, matrix products lose more by sharing the chip than the exchange gains,
     and it runs at once. ``pdl``: a kernel's launch overlaps the end of the one before. ``extra``: plans by op, instead of
@@ -70,7 +73,7 @@ class Tuning:
     spare_sms_throughput: int = 32
     decode_tokens: int = 160
     middle_tokens: int = 1024
-    dispatch_line_tokens: int = 160
+    dispatch_kept_tokens: int = 1024
     limit_blocks: int = 0
     beside_sms: int = 64
     beside_tokens: int = 160
@@ -89,26 +92,28 @@ class Tuning:
     def plan(self, op: str, max_tokens: int, num_ranks: int, num_sms: int, hidden: int = 7168) -> Plan:
         if op in self.extra:
             return self.extra[op]
-        threads = 1024 if op == "dispatch" else 512
         blocks = max(1, num_sms - self.spare_sms)
         if self.limit_blocks:
             blocks = min(blocks, self.limit_blocks)
         pieces = max(1, -(-hidden // 512))  # a warp's step is 512 elements of a row
         if op == "combine_backward":
-            return Plan(blocks, max(1, min(self.num_sms, blocks)), threads, 1, 1, 1, self.pdl)
-        lines = int(op == "dispatch" and max_tokens <= self.dispatch_line_tokens)
-        if max_tokens <= self.decode_tokens:
-            wanted = max(64, max_tokens) if op == "dispatch" else max_tokens * max(1, num_ranks - 1)
-            blocks, parts = max(1, min(blocks, wanted)), min(15, pieces)
-            return Plan(blocks, blocks, threads, parts, parts, 0, self.pdl, lines)
-        if max_tokens <= self.middle_tokens:
-            send = min(7, pieces)
-            recv = send if lines or op == "combine" else min(3, pieces)
-            return Plan(blocks, blocks, threads, send, recv, 0, self.pdl, lines)
+            return Plan(blocks, max(1, min(self.num_sms, blocks)), 512, 1, 1, 1, self.pdl)
+        if op == "dispatch" and max_tokens <= self.dispatch_kept_tokens:
+            blocks = max(1, min(blocks, max(64, max_tokens)))
+            return Plan(blocks, blocks, 512, kept_warps(max_tokens, blocks, pieces), 1, 0, self.pdl, KEPT)
+        if op == "combine" and max_tokens <= self.decode_tokens:
+            blocks, parts = max(1, min(blocks, max_tokens * max(1, num_ranks - 1))), min(15, pieces)
+            return Plan(blocks, blocks, 512, parts, parts, 0, self.pdl)
+        if op == "combine" and max_tokens <= self.middle_tokens:
+            return Plan(blocks, blocks, 512, min(7, pieces), min(7, pieces), 0, self.pdl)
         blocks = max(1, min(blocks, num_sms - self.spare_sms_throughput))
-        return Plan(
-            blocks, min(self.num_sms, blocks), threads, 1 if op == "dispatch" else min(2, pieces), 1, 1, self.pdl
-        )
+        send = min(2, pieces) if op == "combine" else 1
+        return Plan(blocks, min(self.num_sms, blocks), 512, send, 1, 1, self.pdl)
+
+
+def kept_warps(max_tokens: int, blocks: int, pieces: int) -> int:
+    """Warps that share a token, where every team of a block has at most one; 0: a block has too many tokens."""
+    return min(pieces, 16 // -(-max(1, max_tokens) // blocks))
 
 
 class Sizes(NamedTuple):
@@ -133,8 +138,7 @@ def lay_out(rank: int, num_ranks: int, sizes: Sizes, timeout: float) -> tuple[An
     ws.rank, ws.num_ranks = rank, num_ranks
     ws.max_tokens, ws.max_top_k, ws.max_slots = sizes.max_tokens, sizes.top_k, sizes.num_slots
     peers = num_ranks - 1
-    ws.line_bytes = line_bytes(sizes.row_bytes + 512, 4, sizes.top_k)
-    ws.line_tokens = min(sizes.max_tokens, LINE_TOKENS, LINE_MEMORY // (2 * max(1, peers * ws.line_bytes)))
+    ws.board_tokens = min(sizes.max_tokens, BOARD_TOKENS)
     # Records of one op, or of two where they are small: ops that share the room wait for one another.
     copies = 2 if sizes.max_tokens <= 1024 else 1
     ws.data_bytes = copies * peers * sizes.max_tokens * sizes.row_bytes
@@ -154,12 +158,6 @@ class QuantSettings(NamedTuple):
     eps_on: str = "amax"
     eps: float = 1e-12
     clamp: bool = True
-
-
-def line_bytes(row_bytes: int, scales_a_step: int, top_k: int, num_scales: int = 0) -> int:
-    """Bytes of a token's lines: steps of 512 bytes with the scales made from them, weights, scales that came with the row."""
-    extra = -(-(32 + scales_a_step) // 3)
-    return 16 * (-(-row_bytes // 512) * (32 + extra) + -(-top_k // 3) + -(-num_scales // 3))
 
 
 def num_chunks(num_ranks: int, num_slots: int) -> int:
@@ -278,6 +276,9 @@ def dispatch(
         q.math, q.eps_on_scale, q.clamp = QUANT_MATHS[quant.scale_math], int(quant.eps_on == "scale"), int(quant.clamp)
         q.e5m2, q.eps = int(quant.quant_dtype == torch.float8_e5m2), quant.eps
         q.top = torch.finfo(quant.quant_dtype).max
+        q.top_inverse = _rounded_inverse(q.top)
+        usual = quant._replace(scale_layout="row", eps=0.0) == QuantSettings(eps=0.0, clamp=quant.clamp)
+        q.usual = int(usual)
         p.quant = q
         p.num_scales, p.wire_scale_bytes = words.num_scales(hidden, quant.block), 4
         scale_dtype = torch.float8_e8m0fnu if quant.scale_format == "ue8m0" else torch.float32
@@ -315,31 +316,58 @@ def dispatch(
     )
     p.row_source, p.expert_counts, p.expert_ends = address(row_source), address(expert_counts), address(expert_ends)
     p.route, p.status = address(route), address(status)
-    if quant is None:
-        p.line_bytes = line_bytes(p.row_bytes, 0, top_k, p.num_scales)
-    else:
-        p.line_bytes = line_bytes(p.row_bytes, 512 // (quant.block or 512), top_k)
     p.num_chunks, p.chunk_tokens = 1, max(1, max_tokens)
-    lines = int(
-        plan.lines
-        and max_tokens <= ws.line_tokens
-        and p.line_bytes <= ws.line_bytes
-        and num_ranks * max_tokens * -(-top_k // 2) <= TABLE_WORDS
-        and p.lines_shared_bytes() <= SHARED_BYTES
-    )
-    p.launch.lines = lines
-    if not lines:
+    shared = shared_bytes(device.index)
+    p.launch.rows_as = rows_as = _rows_as(p, plan, shared)
+    if rows_as == COUNTED:
         p.chunk_tokens = -(-p.chunk_tokens // num_chunks(num_ranks, num_slots))
         p.num_chunks = -(-max(1, max_tokens) // p.chunk_tokens)
         p.tiles = 4
-        if p.shared_bytes() > SHARED_BYTES:
+        if p.shared_bytes() > TABLE_BYTES:
             p.tiles = 1
+        _lay_out_stages(p, shared)
     p.call_hash = call_hash(
         "dispatch", max_tokens, top_k, p.record_bytes, p.row_bytes, num_slots, num_experts, p.layout, lane, alignment,
-        capacity, lines,
+        capacity, rows_as,
     )  # fmt: skip
     _C.launch_dispatch(p, stream_of(x))
     return Dispatched(rows, scales, row_weights, row_expert, row_source, expert_counts, expert_ends, route, status)
+
+
+@functools.cache
+def shared_bytes(device: int | None) -> int:
+    """Shared memory that a block of the exchange kernels may take; the rest is left to what the compiler puts there."""
+    properties = torch.cuda.get_device_properties(torch.device("cuda", device))
+    return getattr(properties, "shared_memory_per_block_optin", 99 << 10) - (6 << 10)
+
+
+@functools.cache
+def _rounded_inverse(value: float) -> float:
+    """1 / value, in float32."""
+    return float(torch.tensor(1.0) / torch.tensor(value))
+
+
+def _rows_as(p: Any, plan: Plan, shared: int) -> int:
+    """How rows travel: as the plan says, where that fits; from what is equal on all ranks.  Sets the stages of kept rows."""
+    words_read = p.ws.num_ranks * p.max_tokens * -(-p.top_k // 2)
+    if plan.rows_as != KEPT or plan.send_warps == 0 or words_read > BOARD_WORDS or p.max_tokens > p.ws.board_tokens:
+        return COUNTED
+    p.stage_bytes, p.num_stages = -(-p.record_bytes // 128) * 128, 0
+    room = (shared - p.kept_shared_bytes()) // (p.stage_bytes + 8)
+    p.num_stages = max(0, min(plan.num_threads // 32, room))
+    return KEPT if p.num_stages >= -(-max(1, p.max_tokens) // plan.num_blocks) else COUNTED
+
+
+def _lay_out_stages(p: Any, shared: int) -> None:
+    """A stage a warp for rows on their way: all of a row and its scales, or as much as fits; fewer warps where that is little."""
+    scales = p.record_bytes - p.row_bytes
+    for warps in (16, 8, 4, 2, 1):
+        p.launch.num_threads, p.stage_bytes = 32 * warps, 0
+        room = (shared - p.shared_bytes()) // warps - scales - 128
+        if room >= min(p.row_bytes, 2048):
+            break
+    p.piece_bytes = p.row_bytes if room >= p.row_bytes else room // 512 * 512
+    p.stage_bytes = -(-(p.piece_bytes + scales) // 128) * 128
 
 
 def _empty_scales(

@@ -119,13 +119,13 @@ def test_any_number_of_ranks(num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 7, 16, 72])
 @pytest.mark.parametrize("layout", ["expert", "rank"])
-@pytest.mark.parametrize("lines", [0, 256])
-def test_few_tokens_by_lines_and_by_flags(num_ranks, layout, lines):
-    """Both ways that rows travel, whatever the defaults choose; by flags some blocks have several chunks and some none."""
+@pytest.mark.parametrize("kept", [0, 256])
+def test_few_tokens_in_both_ways(num_ranks, layout, kept):
+    """Both ways that rows travel, whatever the defaults choose; behind counts some blocks have several chunks and some none."""
     shape = Shape(
         num_ranks, 45, 4, num_ranks * 4, 4, 256, 16 if layout == "expert" else 1, layout, tokens=(45, 5, 0, 31)
     )
-    tuning = kernels.Tuning(dispatch_line_tokens=lines, num_sms=8)
+    tuning = kernels.Tuning(dispatch_kept_tokens=kept, num_sms=8)
     ranks = Ranks(num_ranks, sizes_for(shape), tuning=tuning)
     for seed in range(2):
         run_pair(ranks, shape, seed, repeat=2)
