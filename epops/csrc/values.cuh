@@ -224,7 +224,7 @@ struct QuantLane {
       for (int step = 4; step > 0; step >>= 1) top = max_nan(top, __shfl_xor_sync(~0u, top, step));
       Scale s{__fmul_rn(max_nan(top, q.eps), q.top_inverse), 0.f, kByQuotient};
       s.inverse = __frcp_rn(s.value);
-      if (s.value > kLeastPlain && s.value <= kMostPlain) {
+      if (__all_sync(~0u, s.value > kLeastPlain && s.value <= kMostPlain)) {
         *scale = s.value;
         return pack_fp8<kByQuotient, __NV_E4M3>(raw[0].floats(), raw[1].floats(), s);
       }
