@@ -62,44 +62,37 @@ __device__ __forceinline__ void post_selections(const DispatchParams& p, const B
 
 // Waits for every rank's selections and the hash of its call, words by threads, and marks them.
 __device__ __forceinline__ void wait_selections(const DispatchParams& p, const Board& s, const Op& op) {
-  constexpr int kAhead = 8;  // words on their way
+  constexpr int kAhead = 4;  // words on their way
   const int stride = p.num_slots + 1, words = p.max_tokens * s.pairs, keys = p.ws.num_ranks * stride;
   const int shift = (s.pairs & (s.pairs - 1)) == 0 ? 31 - __clz(s.pairs) : -1;
-  WordWalk ahead(words, blockDim.x), at(words, blockDim.x);
+  WordWalk ahead(words + 1, blockDim.x), at(words + 1, blockDim.x);  // the last one is the hash
 #pragma unroll 1
-  for (bool first = true; first || at.source < p.ws.num_ranks; first = false) {
+  while (at.source < p.ws.num_ranks) {
+    const uint64_t* from[kAhead];
     uint64_t now[kAhead];
-    uint32_t asked = 0;
 #pragma unroll
     for (int a = 0; a < kAhead; ++a, ahead.next()) {
+      from[a] = nullptr;
       if (ahead.source >= p.ws.num_ranks || op.excluded || s.takes_part[ahead.source] == 0) continue;
-      now[a] = ld_relaxed_sys(selections(p.ws, p.ws.rank, op.parity, ahead.source) + ahead.word);
-      asked |= 1u << a;
-    }
-    if (first) {  // a thread a source; the first words are on their way
-#pragma unroll 1
-      for (int source = threadIdx.x; source < p.ws.num_ranks; source += blockDim.x) {
-        uint32_t hash;
-        if (op.excluded || s.takes_part[source] == 0 || source == p.ws.rank) continue;
-        if (wait_word(p.ws, header(p.ws, p.ws.rank, op.parity, source) + 1, op.epoch, source, kPhaseHeader, &hash,
-                      &s.lost[source])) {
-          check_hash(p, s, op, source, hash);
-        } else {
-          lose_source(p, s, source);
-        }
-      }
+      if (ahead.word == words && ahead.source == p.ws.rank) continue;
+      from[a] = ahead.word < words ? selections(p.ws, p.ws.rank, op.parity, ahead.source) + ahead.word
+                                   : header(p.ws, p.ws.rank, op.parity, ahead.source) + 1;
+      now[a] = ld_relaxed_sys(from[a]);
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a, at.next()) {
-      if ((asked >> a & 1) == 0) continue;
+      if (from[a] == nullptr) continue;
       uint32_t value = static_cast<uint32_t>(now[a]);
       // A peer whose call differs may have posted something else: its hash, seen by another thread, ends this wait.
       if (static_cast<uint32_t>(now[a] >> 32) != op.epoch &&
-          !wait_slowly(p.ws, selections(p.ws, p.ws.rank, op.parity, at.source) + at.word, op.epoch, at.source,
-                       kPhaseCounts, &value, &s.lost[at.source])) {
+          !wait_slowly(p.ws, from[a], op.epoch, at.source, at.word < words ? kPhaseCounts : kPhaseHeader, &value,
+                       &s.lost[at.source])) {
         lose_source(p, s, at.source);
         value = ~0u;
+      } else if (at.word == words) {
+        check_hash(p, s, op, at.source, value);
       }
+      if (at.word == words) continue;
       s.chosen[at.source * words + at.word] = value;
       const int token = shift >= 0 ? at.word >> shift : at.word / s.pairs;
       uint32_t* bits = s.bits + token / 32 * keys + at.source * stride;

@@ -130,20 +130,21 @@ __device__ __forceinline__ void send_token(const DispatchParams& p, const Places
   bulk_commit();
 }
 
-// The flag of a token to every peer: 1 its row has landed, 0 none comes.
-__device__ __forceinline__ void tell_peers(const DispatchParams& p, const Places& s, const Op& op, int token, int at) {
+// Flags of tokens [first, first + count) to every peer: 1 a row came, 0 none does.
+__device__ __forceinline__ void tell_peers(const DispatchParams& p, const Places& s, const Op& op, int first, int at,
+                                           int count) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
-  fence_acq_rel_sys();  // entries; of the row, this warp has seen that it is there
 #pragma unroll 1
-  for (int peer = lane; peer < p.ws.num_ranks; peer += 32) {
+  for (int i = lane; i < count * p.ws.num_ranks; i += 32) {
+    const int token = i / p.ws.num_ranks, peer = i % p.ws.num_ranks;
     if (peer == me || s.takes_part[peer] == 0 || s.closed[peer] != 0) continue;
     uint32_t has = 0;
 #pragma unroll 1
     for (int k = 0; k < p.top_k; ++k) {
-      const int packed = s.slot[at + k];
+      const int packed = s.slot[(at + token) * p.top_k + k];
       if (packed >= 0 && (packed & 0xff) == peer) has = 1;
     }
-    st_relaxed_sys(flag(p.ws, peer, op.parity, me, token), tagged(op.epoch, has));
+    st_relaxed_sys(flag(p.ws, peer, op.parity, me, first + token), tagged(op.epoch, has));
   }
 }
 
@@ -195,7 +196,8 @@ __device__ __forceinline__ void send_all(const DispatchParams& p, const Places& 
   }
   __syncthreads();
   const int batch = kPlaceEntries / p.top_k / 32 * 32;  // tokens whose places fit
-  const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
+  const Outbox outbox{s.done, &s.words[kPosted]};
+  const Team t = my_team(1);
   bool again = false;
 #pragma unroll 1
   for (int chunk = chunk0; chunk < p.num_chunks; chunk += p.launch.num_senders) {
@@ -205,6 +207,7 @@ __device__ __forceinline__ void send_all(const DispatchParams& p, const Places& 
       const int num = min(batch, last - base);
       if (again) {
         __syncthreads();
+        if (threadIdx.x == 0) s.words[kPosted] = 0;
         if (base == first) {
 #pragma unroll 1
           for (int i = threadIdx.x; i < keys * (1 + p.tiles); i += blockDim.x) s.before[i] = 0;  // and the bits
@@ -214,21 +217,23 @@ __device__ __forceinline__ void send_all(const DispatchParams& p, const Places& 
       again = true;
       place_tokens(p, s, base, base + num, base + num < last);  // ends with a block barrier
       if (threadIdx.x < 32) trace(4);
-      // A token is told of when the next one is on its way.
-      int told = warp;
+      if (t.poster) {
+        outbox.post(num, 1, [&](int item, int count) { tell_peers(p, s, op, base + item, item, count); });
+        trace(5);
+      } else {
+        int last_sent = -1;  // it has landed when the next one is on its way, or soon after
 #pragma unroll 1
-      for (int item = warp; item < num; item += num_warps) {
-        send_token<T>(p, s, op, stage, base + item, item * p.top_k);
-        if (item != warp) {
+        for (int item = t.id; item < num; item += t.num_teams) {
+          outbox.begin(item);
+          send_token<T>(p, s, op, stage, base + item, item * p.top_k);
           bulk_wait<1>();
-          tell_peers(p, s, op, base + told, told * p.top_k);
-          told += num_warps;
+          if (last_sent >= 0) outbox.finish(last_sent);
+          last_sent = item;
         }
+        bulk_wait<0>();
+        if (last_sent >= 0) outbox.finish(last_sent);
+        if (threadIdx.x < 32) trace(6);
       }
-      if (threadIdx.x < 32) trace(6);
-      bulk_wait<0>();
-      if (told < num) tell_peers(p, s, op, base + told, told * p.top_k);
-      if (threadIdx.x < 32) trace(5);
     }
   }
 }
@@ -347,6 +352,8 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __g
   const uint64_t region = region_bytes(p.ws, p.max_tokens, p.record_bytes);
 #pragma unroll 1
   for (int i = threadIdx.x; i < (2 + p.tiles) * keys; i += blockDim.x) s.count[i] = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kOutbox; i += blockDim.x) s.done[i] = 0;
   if (threadIdx.x < kNumWords) s.words[threadIdx.x] = 0;
   if (threadIdx.x < 32) trace(0);
   wait_for_earlier_kernels();

@@ -80,6 +80,31 @@ __device__ __forceinline__ int peer_of_lane(int rank_of_selection, int me) {
   return peer;
 }
 
+// A record to the peers of the lanes, with its weights, by one warp. Returns the peer, or -1 where it cannot go.
+__device__ __forceinline__ int send_record(const DispatchParams& p, const Board& s, const Op& op, int peer, int token,
+                                           const uint8_t* kept, bool here) {
+  const int lane = threadIdx.x % 32, me = p.ws.rank;
+  // A peer that has not opened this op may still read what lies where the record would go.
+  if (peer >= 0 && !may_store(p.ws, op, peer)) {
+    peer = -1;
+    s.words[kFailed] = 1;
+  }
+  const uint32_t lanes = __ballot_sync(~0u, peer >= 0);
+  const uint64_t to = peer >= 0 ? reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token, p.max_tokens,
+                                                                    p.record_bytes))
+                                : 0;
+  if (lanes != 0) bulk_store(to, lanes, kept, p.record_bytes);
+  bulk_commit();
+  const uint32_t weight =
+      here && lane < p.top_k ? __float_as_uint(p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane]) : 0;
+#pragma unroll 1
+  for (uint32_t left = lanes; left != 0; left &= left - 1) {
+    const int owner = __shfl_sync(~0u, peer, __ffs(left) - 1);
+    if (lane < p.top_k) entries(p.ws, owner, op.parity, me, token)[lane] = make_uint2(0, weight);
+  }
+  return peer;
+}
+
 // A record in a stage to its rows here, by one warp.
 __device__ __forceinline__ void to_rows_from(const DispatchParams& p, const Landing& l, const uint8_t* record) {
   const Copies sink = to_rows(p, l.row, l.to_copy);
@@ -183,26 +208,7 @@ __global__ void __launch_bounds__(kKeptThreads, 1) dispatch_kept_kernel(const __
         barrier_sync(2 + t.id, t.parts * 32);
       }
     }
-    if (t.part == 0) {
-      // A peer that has not opened this op may still read what lies where the record would go.
-      if (peer >= 0 && !may_store(p.ws, op, peer)) {
-        peer = -1;
-        s.words[kFailed] = 1;
-      }
-      const uint32_t lanes = __ballot_sync(~0u, peer >= 0);
-      const uint64_t to =
-          peer >= 0 ? reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token, p.max_tokens, p.record_bytes))
-                    : 0;
-      if (lanes != 0) bulk_store(to, lanes, kept, p.record_bytes);
-      bulk_commit();
-      const uint32_t weight =
-          here && lane < p.top_k ? __float_as_uint(p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane]) : 0;
-#pragma unroll 1
-      for (uint32_t left = lanes; left != 0; left &= left - 1) {
-        const int owner = __shfl_sync(~0u, peer, __ffs(left) - 1);
-        if (lane < p.top_k) entries(p.ws, owner, op.parity, me, token)[lane] = make_uint2(0, weight);
-      }
-    }
+    if (t.part == 0) peer = send_record(p, s, op, peer, token, kept, here);
   }
   if (op.excluded) send_nothing(p);
   if (threadIdx.x < 32) trace(3);

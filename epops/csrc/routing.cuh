@@ -26,14 +26,15 @@ struct Places {
   int32_t* position;     // [kPlaceEntries]
   uint32_t* lost;        // [R] nonzero: nothing of this source counts
   uint32_t* closed;      // [R] nonzero: nothing is stored there
+  uint32_t* done;        // [kOutbox]
   int32_t* words;        // single words: see enum Word
 };
-enum Word { kFailed = 0, kBits, kNumBad, kNumRepeated, kChunkBad, kChunkRepeated, kRowsKept, kNumWords };
+enum Word { kFailed = 0, kBits, kNumBad, kNumRepeated, kChunkBad, kChunkRepeated, kRowsKept, kPosted, kNumWords };
 
 __host__ __device__ inline uint64_t places_words(const DispatchParams& p) {
   const uint64_t num_ranks = p.ws.num_ranks, stride = p.num_slots + 1;
   return num_ranks * stride * (2 + p.tiles + p.num_chunks) + 2 * stride + 4 * num_ranks + p.num_experts +
-         2 * kPlaceEntries + kNumWords;
+         2 * kPlaceEntries + kOutbox + kNumWords;
 }
 
 __device__ __forceinline__ Places carve(uint32_t* shared, const DispatchParams& p) {
@@ -52,7 +53,8 @@ __device__ __forceinline__ Places carve(uint32_t* shared, const DispatchParams& 
   s.position = s.slot + kPlaceEntries;
   s.lost = reinterpret_cast<uint32_t*>(s.position + kPlaceEntries);
   s.closed = s.lost + num_ranks;
-  s.words = reinterpret_cast<int32_t*>(s.closed + num_ranks);
+  s.done = s.closed + num_ranks;
+  s.words = reinterpret_cast<int32_t*>(s.done + kOutbox);
   return s;
 }
 

@@ -361,7 +361,7 @@ def _rows_as(p: Any, plan: Plan, shared: int) -> int:
 def _lay_out_stages(p: Any, shared: int) -> None:
     """A stage a warp for rows on their way: all of a row and its scales, or as much as fits; fewer warps where that is little."""
     scales = p.record_bytes - p.row_bytes
-    for warps in (16, 8, 4, 2, 1):
+    for warps in (16, 8, 4, 2):  # one of them tells peers
         p.launch.num_threads, p.stage_bytes = 32 * warps, 0
         room = (shared - p.shared_bytes()) // warps - scales - 128
         if room >= min(p.row_bytes, 2048):
