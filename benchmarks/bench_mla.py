@@ -74,9 +74,9 @@ class Case:
             part = rows[first * length : (first + self.own[rank]) * length]
             self.mine.get_buffer(f"layer{layer}")[: len(part)].copy_(part)
         made = torch.Generator(device).manual_seed(1000 + rank)
-        shape = (options.requests, self.heads[rank], self.width)
-        # (T, h, D), as a projection leaves them: what the cores take is a view of it.
-        self.queries = (torch.randn(shape, generator=made, device=device) / 2).to(dtype).transpose(0, 1)
+        # (h, T, D) lying so, as the product with kv_b_proj leaves them.
+        shape = (self.heads[rank], options.requests, self.width)
+        self.queries = (torch.randn(shape, generator=made, device=device) / 2).to(dtype)
         owners = [(owner, slot) for owner in range(size) for slot in range(self.own[owner])]
         bounds = {"max_tokens": options.requests, "chunk_tokens": 1, "max_length": length, "device": device}
         here = [nn.Chunk(owner, slot, length - 1, [0]) for owner, slot in owners]
