@@ -74,7 +74,8 @@ def _check(name: str, module: nn.Module) -> None:
     assert site is not None
     if site.quantized:
         raise _refuse("model", f"experts that are not quantized yet, in {name!r}", "fp8 ones", "call it once a model")
-    if not interface.matches(module):
+    # A family with a forward of its own may have the interface's tensors too, and would take them for what they were.
+    if not interface.matches(module) or getattr(module.forward, "__func__", None) is not interface.forward:
         raise _refuse(
             "model",
             "experts on transformers' experts interface",

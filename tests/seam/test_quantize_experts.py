@@ -113,6 +113,10 @@ def test_what_it_refuses_and_leaves_as_it_was() -> None:
         loop = parallel(EnumerateLoop(), group)
         with pytest.raises(ValueError, match="on transformers' experts interface, got"):
             epops.quantize_experts(loop)
+        own = parallel(tiny("mixtral"), group)
+        own.model.layers[0].mlp.experts.forward = lambda *_: None
+        with pytest.raises(ValueError, match=r"interface, got MixtralExperts in 'model.layers.0.mlp.experts'"):
+            epops.quantize_experts(own)
         model = parallel(tiny("mixtral"), group)
         state = model.state_dict()
         epops.quantize_experts(model)
