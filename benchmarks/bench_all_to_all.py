@@ -18,8 +18,10 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ from epops.torch_private import symmetric_empty
 
 HEADS, WIDTH = 8, 64
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20}
+VDEV = "torch, symm_mem.all_to_all_vdev"
 SIZES = ("16KiB", "64KiB", "256KiB", "1MiB", "4MiB", "16MiB", "64MiB", "256MiB")
 
 
@@ -60,14 +63,14 @@ class Case(NamedTuple):
 
 
 def ways(
-    case: Case, x: torch.Tensor, splits: list[int], group: epops.ExpertGroup
+    case: Case, x: torch.Tensor, splits: list[int], group: epops.ExpertGroup | None
 ) -> Iterator[tuple[str, Callable, bool]]:
     """Name, call, and whether a CUDA graph can hold it.
 
     With transposes: x (heads, tokens, width) → (heads * R, tokens here, width).  Without: (tokens, heads, width) → (tokens for
     this rank of all ranks, heads, width).
     """
-    ranks, mine = group.size, splits[group.rank]
+    ranks, mine = dist.get_world_size(), splits[dist.get_rank()]
     sent = torch.tensor(splits, device=x.device)
     came = [mine] * ranks  # every rank divides its tokens alike
 
@@ -95,6 +98,8 @@ def ways(
         return to_heads(rows) if case.transposed else rows
 
     yield "torch, padded equal splits", padded, True
+    if group is None:
+        return
     if case.transposed:
         heads = torch.full((ranks,), x.shape[0], device=x.device)
         plan = epops.plan_all_to_all(sent, heads, group=group).plan
@@ -110,26 +115,42 @@ def ways(
     yield "epops, splits on the device", lambda: epops.all_to_all(x, plan=plan, group=group, **settings).rows, True
 
 
-def vdev(case: Case, x: torch.Tensor, splits: list[int], group: epops.ExpertGroup | None) -> Callable:
-    """torch's exchange with splits on the device; its input and output are symmetric memory."""
-    from torch.distributed import _symmetric_memory as symmetric
+class Symmetric:
+    """Symmetric memory for `vdev`, of the largest case, asked for once: to make and free it is an exchange of all ranks.
 
+    On "cuda:0", never on "cuda": torch keeps the device as it was named when ranks first meet over a tensor, and refuses the
+    tensor's own later ("Detected use of TeamManager on multiple devices").
+    """
+
+    def __init__(self, sizes: list[str], device: torch.device) -> None:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        assert device.index is not None
+        ranks, self.name = dist.get_world_size(), dist.group.WORLD.group_name
+        largest = max([num_bytes(size) for size in sizes], default=0) + ranks * HEADS * WIDTH * 2
+        self.sent, self.came = (
+            symmetric.empty(count, dtype=torch.bfloat16, device=device)
+            for count in (largest // 2, largest // 2 * ranks)
+        )
+        self.splits = symmetric.empty(ranks, dtype=torch.int64, device=device)
+        self.found = symmetric.empty(2, ranks, dtype=torch.int64, device=device)
+        for tensor in (self.sent, self.came, self.splits, self.found):
+            symmetric.rendezvous(tensor, self.name)
+
+
+def vdev(case: Case, x: torch.Tensor, splits: list[int], memory: Symmetric) -> Callable:
+    """torch's exchange with splits on the device; its input and output are symmetric memory."""
     ranks, mine = dist.get_world_size(), splits[dist.get_rank()]
-    name = dist.group.WORLD.group_name
     given = x.transpose(0, 1) if case.transposed else x
-    held = symmetric.empty(*given.shape, dtype=x.dtype, device=x.device)
+    held = memory.sent[: given.numel()].view(given.shape)
     held.copy_(given)
-    rows = symmetric.empty(max(splits) * ranks, *given.shape[1:], dtype=x.dtype, device=x.device)
-    sent = symmetric.empty(ranks, dtype=torch.int64, device=x.device)
-    sent.copy_(torch.tensor(splits))
-    came = symmetric.empty(2, ranks, dtype=torch.int64, device=x.device)
-    for tensor in (held, rows, sent, came):
-        symmetric.rendezvous(tensor, name)
+    rows = memory.came[: max(splits) * ranks * given[0].numel()].view(-1, *given.shape[1:])
+    memory.splits.copy_(torch.tensor(splits))
 
     def call() -> torch.Tensor:
         if case.transposed:
             held.copy_(x.transpose(0, 1))
-        torch.ops.symm_mem.all_to_all_vdev(held, rows, sent, came, name)
+        torch.ops.symm_mem.all_to_all_vdev(held, rows, memory.splits, memory.found, memory.name)
         got = rows[: mine * ranks]
         return got.unflatten(0, (ranks, -1)).transpose(1, 2).flatten(0, 1).contiguous() if case.transposed else got
 
@@ -211,17 +232,23 @@ def measure(case: Case, group: epops.ExpertGroup, device: torch.device, runs: in
     return found
 
 
-def measure_vdev(case: Case, device: torch.device, runs: int) -> dict[str, Any]:
+def measure_vdev(case: Case, memory: Symmetric, device: torch.device, runs: int, graph: bool) -> dict[str, Any]:
+    """torch's symmetric-memory exchange of one case, checked against its own with splits on the host."""
     x, splits, wire = inputs(case, device)
-    call = vdev(case, x, splits, None)
-    ms = milliseconds(call, device, runs, True, calls_in_a_row(case, device))
-    return {
-        **case._asdict(),
-        "way": "torch, symm_mem.all_to_all_vdev",
-        "graph": True,
-        "ms": ms,
-        "gb_s": wire / ms / 1e6,
-    }
+    call = vdev(case, x, splits, memory)
+    _, plain, _ = next(ways(case, x, splits, None))
+    torch.cuda.synchronize()
+    dist.barrier()
+    assert torch.equal(call(), plain()), "torch, symm_mem.all_to_all_vdev gives other rows"
+    calls = calls_in_a_row(case, device)
+    try:
+        ms = milliseconds(call, device, runs, graph, calls)
+    except RuntimeError as error:
+        if not graph:
+            raise
+        print(f"{case}: not captured: {(str(error).splitlines() or [''])[0][:200]}", flush=True)
+        graph, ms = False, milliseconds(call, device, runs, False, calls)
+    return {**case._asdict(), "way": VDEV, "graph": graph, "ms": ms, "gb_s": wire / ms / 1e6}
 
 
 def ceiling_of(device: torch.device, size: int, runs: int) -> float:
@@ -261,6 +288,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=SIZES, help="bytes a rank has")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--vdev", action="store_true", help="only torch's symmetric-memory exchange, added to --out")
+    parser.add_argument("--no-graph", action="store_true", help="with --vdev: time its calls outside of a CUDA graph")
     parser.add_argument("--draw", action="store_true", help="only the table and the plot of --out")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args()
@@ -271,18 +299,25 @@ def main() -> None:
     if options.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo")
+    bound = {"device_id": device} if options.vdev else {}
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo", timeout=timedelta(seconds=120), **bound
+    )
     cases = [
         Case(size, skewed, turned) for size in options.sizes for skewed in (False, True) for turned in (False, True)
     ]
     if options.vdev:
         result = json.loads(options.out.read_text())
-        result["rows"] += run_vdev(cases, device, options.runs)
+        dist.barrier()  # rank 0 writes to that file
+        run_vdev(cases, device, options, result)
     else:
         result = run(cases, device, options.runs)
     if dist.get_rank() == 0:
         report(result, options.out)
     dist.barrier()
+    if options.vdev:
+        sys.stdout.flush()
+        os._exit(0)  # NVSHMEM's own end crashes in some versions, after everything is done
     dist.destroy_process_group()
 
 
@@ -299,13 +334,21 @@ def run(cases: list[Case], device: torch.device, runs: int) -> dict[str, Any]:
     return {"where": where, "ceiling_gb_s": ceiling, "memory": memory, "torch": torch.__version__, "rows": rows}
 
 
-def run_vdev(cases: list[Case], device: torch.device, runs: int) -> list[dict[str, Any]]:
+def run_vdev(cases: list[Case], device: torch.device, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Add torch's symmetric-memory exchange to ``result``, and to the file as each case is done."""
     from torch.distributed import _symmetric_memory as symmetric
 
     if not symmetric.is_nvshmem_available():
         raise SystemExit("torch has no NVSHMEM here: symm_mem.all_to_all_vdev cannot be measured")
     symmetric.set_backend("NVSHMEM")
-    return [measure_vdev(case, device, runs) for case in cases]
+    result["rows"] = [row for row in result["rows"] if row["way"] != VDEV]
+    memory = Symmetric(options.sizes, device)
+    for case in cases:
+        result["rows"].append(measure_vdev(case, memory, device, options.runs, not options.no_graph))
+        if dist.get_rank() == 0:
+            row = result["rows"][-1]
+            print(f"{case}: {row['ms']:.4f} ms, {row['gb_s']:.2f} GB/s", flush=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def report(result: dict[str, Any], out: Path | None) -> None:

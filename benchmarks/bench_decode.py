@@ -1,11 +1,17 @@
 """A decode step of one model: on one device, by transformers' own expert parallelism, and by epops, in one run.
 
     python benchmarks/bench_decode.py --config 30b --batch 64 --dtype bfloat16 --out benchmarks/results
+    python benchmarks/bench_decode.py --config 30b --batch 64 --dtype bfloat16 --contenders epops "epops fp8" --how captured
 
 All contenders have the same weights and decode the same sequences from their first token on, each rank ``--batch`` of them (those
-that share one batch have them all).  A step is timed on the host with the device waited for; the median of the slowest rank
-counts.  Every contender's tokens are compared with those of the one device.  ``--profile`` adds what epops' captured step is made
-of: its kernels by kind, the exchanges' time a layer, and how often the host launches something.
+that share one batch have them all).  The first steps are fed the same tokens everywhere, and the logits of the last of these are
+compared; from then on each contender feeds itself, and its steps are timed on the host with the device waited for; the median of
+the slowest rank counts.  Every contender's tokens are compared with those of the first one.  "epops fp8" is epops after
+`epops.quantize_experts`.  ``--profile`` adds what epops' captured steps are made of: kernels by kind, the exchanges' time a layer,
+and how often the host launches something.
+
+Each contender and way to run it has processes of its own, which end after ``--limit`` seconds at the latest; what is found is
+written after each.  (Under torchrun all of them share the processes that it started.)
 """
 
 from __future__ import annotations
@@ -15,9 +21,13 @@ import contextlib
 import copy
 import gc
 import json
+import os
 import platform
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +44,11 @@ from epops.serving.attention import check_model
 from epops.serving.step import Steps
 from epops.torch_private import mark_static
 
+sys.path.insert(0, str(Path(__file__).parent))  # run by its path, as a module, or imported by a test
+from step_profile import Parts, profile, told
+
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {},
+    "tiny": {"moe_intermediate_size": 32},  # fp8 products take multiples of 16
     # Qwen3-30B-A3B, with fewer layers.
     "30b": {
         "hidden_size": 2048, "num_hidden_layers": 8, "num_experts": 128, "num_experts_per_tok": 8,
@@ -43,19 +56,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 4096,
     },
 }  # fmt: skip
-CONTENDERS = ("one device", "all_to_all", "all_reduce", "epops")
+CONTENDERS = ("one device", "all_to_all", "all_reduce", "epops", "epops fp8")
 HOWS = ("eager", "compiled", "captured")
-WARM_UPS = 3
-PROFILED = 10
-"""Steps under the profiler."""
-KINDS = {
-    "exchange": ("dispatch_kernel", "combine_kernel", "scatter_kernel", "ncclDevKernel"),
-    "grouped product": ("GroupProblemShape", "grouped_mm", "prepare_grouped"),
-    "attention": ("fmha", "flash", "attention"),
-    "rows": ("map_rows",),
-    "product": ("gemm", "nvjet", "cublas", "_mm_", "splitK"),
-}
-"""Kind of kernel → what one of its names has in it, in this order; everything else is "other"."""
+WARM_UPS = 6
+"""Steps that are fed the same tokens and not timed."""
 
 
 class Options(NamedTuple):
@@ -70,21 +74,8 @@ class Options(NamedTuple):
     profile: bool
     out: str
     command: str
-
-
-class Parts(NamedTuple):
-    """What one step is made of, on the first rank; microseconds of the device, kernels that overlap counted twice."""
-
-    kinds: dict[str, float]
-    exchange_a_layer: float
-    exchange_share: float
-    """Of the kernels' sum."""
-    graph_launches: float
-    """A step."""
-    other_launches: float
-    """Kernels that the host launches outside of a graph, a step."""
-    kernels: list[tuple[str, float, float]]
-    """Name, count a step, microseconds a step: the largest."""
+    folder: str
+    """Where a process of one contender leaves its figures, and finds what the first one wrote; else empty."""
 
 
 class Figures(NamedTuple):
@@ -100,7 +91,9 @@ class Figures(NamedTuple):
     graphs: int
     exchanges: str
     tokens_differ: int
-    """Of all tokens of all steps, those that are not the one device's."""
+    """Of all tokens of all steps, those that are not the first contender's."""
+    logits_differ: float | None
+    """‖logits − the first contender's‖ / ‖its‖ after the steps with the same tokens, of the rank that is farthest."""
     parts: Parts | None
 
 
@@ -112,8 +105,12 @@ def build(options: Options, device: torch.device) -> Any:
     return model.to(device)
 
 
-def plain_step(model: Any, tokens: torch.Tensor, how: str, options: Options) -> Callable[[int], None]:
-    """A step of a model with transformers' static cache: ``tokens`` (N,) become the next ones."""
+Step = Callable[[int], torch.Tensor]
+"""A step at a position: the tokens become the next ones; returns logits (N, V), to be read before the next step."""
+
+
+def plain_step(model: Any, tokens: torch.Tensor, how: str, options: Options) -> Step:
+    """A step of a model with transformers' static cache, on ``tokens`` (N,)."""
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=options.length)
@@ -122,40 +119,44 @@ def plain_step(model: Any, tokens: torch.Tensor, how: str, options: Options) -> 
     for buffer in (tokens, position):
         mark_static(buffer)
 
-    def run() -> None:
+    def run() -> torch.Tensor:
         out = model(input_ids=tokens[:, None], position_ids=position, past_key_values=cache, use_cache=True)
-        tokens.copy_(out.logits[:, -1].float().argmax(dim=-1))
+        logits = out.logits[:, -1].float()
+        tokens.copy_(logits.argmax(dim=-1))
+        return logits
 
     run()  # makes the cache's memory, outside of any graph
     cache.reset()
     called = torch.compile(run, mode="reduce-overhead" if how == "captured" else None) if how != "eager" else run
 
-    def step(at: int) -> None:
+    def step(at: int) -> torch.Tensor:
         position.fill_(at)
-        called()
+        return called()
 
     return step
 
 
 def contender(
     name: str, how: str, whole: Any, ids: torch.Tensor, place: Place, options: Options
-) -> tuple[Callable[[int], None], torch.Tensor, Callable[[], None], str]:
-    """(step, its tokens, what ends it, who exchanges): a step at position ``at`` turns the tokens into the next ones."""
+) -> tuple[Step, torch.Tensor, Callable[[], None], str]:
+    """(step, its tokens, what ends it, who exchanges)."""
     rank, size, device = place.rank, place.size, ids.device
     own = slice(rank * options.batch, (rank + 1) * options.batch)
     if name == "one device":
         tokens = ids.clone()
         return plain_step(whole, tokens, how, options), tokens, lambda: None, "none"
-    if name == "epops":
+    if name.startswith("epops"):
         group = epops.ExpertGroup(max_tokens=options.batch, timeout=900.0)
         model = epops.parallelize(copy.deepcopy(whole), group)
+        if name == "epops fp8":
+            epops.quantize_experts(model)
         settings = None if how == "eager" else {}
         layers = check_model(model)
         steps = Steps(model, group, layers, (options.batch,), options.length, settings, how == "captured")
         steps.tokens.copy_(ids[own])
 
-        def step(at: int) -> None:
-            steps.decode(options.batch, dict.fromkeys(range(options.batch), at))
+        def step(at: int) -> torch.Tensor:
+            return steps.decode(options.batch, dict.fromkeys(range(options.batch), at))
 
         return step, steps.tokens, group.close, repr(group.transport)
     from transformers.distributed.expert_parallel import apply_expert_parallelism
@@ -173,14 +174,43 @@ def contender(
     return plain_step(model, tokens, how, options), tokens, lambda: None, dist.get_backend()
 
 
+class First(NamedTuple):
+    """What the first contender that ran did, for the others to be compared with."""
+
+    name: str
+    tokens: list[list[int]]
+    """Of all sequences, by step."""
+    logits: torch.Tensor
+    """(N, V) of all sequences, on the CPU."""
+
+
+def first_of(options: Options, known: list[First]) -> First | None:
+    """From this process, or from one before it."""
+    path = Path(options.folder) / "first.pt"
+    if not known and options.folder and path.exists():
+        name, tokens, logits = torch.load(path, weights_only=True)
+        known.append(First(name, tokens, logits))
+    return known[0] if known else None
+
+
+def gathered(place: Place, mine: torch.Tensor, count: int) -> torch.Tensor:
+    """(N, …) rows of all sequences on the CPU, of which this rank has all or its share."""
+    mine = mine.cpu()
+    if len(mine) == count:
+        return mine
+    told: list[Any] = [None] * place.size
+    dist.all_gather_object(told, mine)
+    return torch.cat(told)
+
+
 @torch.no_grad()
-def measure(name: str, how: str, whole: Any, place: Place, options: Options, expected: list[Any]) -> Figures | str:
-    """Figures of one contender, or why there are none.  ``expected``: the one device's tokens, filled by its first run."""
+def measure(name: str, how: str, whole: Any, place: Place, options: Options, known: list[First]) -> Figures | str:
+    """Figures of one contender, or why there are none.  ``known``: the first one's answers, if it ran in this process."""
     device = next(whole.parameters()).device
     on_cuda = device.type == "cuda"
     generator = torch.Generator().manual_seed(7)
     vocab = whole.config.get_text_config().vocab_size
-    ids = torch.randint(3, vocab, (place.size * options.batch,), generator=generator).to(device)
+    fed = torch.randint(3, vocab, (WARM_UPS, place.size * options.batch), generator=generator).to(device)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     gc.collect()  # the contender before, whose graphs hold its memory
@@ -192,166 +222,188 @@ def measure(name: str, how: str, whole: Any, place: Place, options: Options, exp
     parts = None
     end: Callable[[], None] = lambda: None  # noqa: E731
     try:
-        step, tokens, end, exchanges = contender(name, how, whole, ids, place, options)
+        step, tokens, end, exchanges = contender(name, how, whole, fed[0], place, options)
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
-        tokens.copy_(ids if len(tokens) == len(ids) else ids[place.rank * options.batch :][: options.batch])
+        share = slice(None) if len(tokens) == fed.shape[1] else slice(place.rank * options.batch, None)
         times, made = [], []
         for at in range(WARM_UPS + options.steps):
+            if at < WARM_UPS:
+                tokens.copy_(fed[at, share][: len(tokens)])
             began = time.perf_counter()
-            step(at)
+            logits = step(at)
             if on_cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
-            made.append(tokens.tolist())
+            if at == WARM_UPS - 1:
+                forced = logits.cpu()
+            if at >= WARM_UPS - 1:
+                made.append(tokens.clone())
         peak = torch.cuda.max_memory_allocated() - others if on_cuda else 0
-        if options.profile and on_cuda and (name, how) == ("epops", "captured"):
+        if options.profile and on_cuda and how == "captured" and name.startswith("epops"):
             parts = profile(step, at, whole.config.get_text_config().num_hidden_layers)
         end()
     except Exception as error:
         with contextlib.suppress(Exception):
             end()
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    if not expected:
-        expected += made
-    share = slice(place.rank * options.batch, (place.rank + 1) * options.batch)
-    right = expected if len(tokens) == len(ids) else [row[share] for row in expected]
+    ours = gathered(place, torch.stack(made, dim=1), fed.shape[1]).t()
+    forced = gathered(place, forced, fed.shape[1])
+    first = first_of(options, known)
+    if first is None:
+        known.append(First(f"{name}, {how}", ours.tolist(), forced))
+        if options.folder and place.rank == 0:
+            torch.save(tuple(known[0]), Path(options.folder) / "first.pt")
     told: list[Any] = [None] * place.size
-    wrong = sum(a != b for ours, theirs in zip(made, right) for a, b in zip(ours, theirs))
-    dist.all_gather_object(told, (statistics.median(times[WARM_UPS:]), wrong))
-    seconds = max(slowest for slowest, _ in told)
+    dist.all_gather_object(told, statistics.median(times[WARM_UPS:]))
+    seconds = max(told)
     counters = torch._dynamo.utils.counters
     return Figures(
         contender=name,
         how=how,
-        sequences=len(ids),
+        sequences=fed.shape[1],
         milliseconds=1000 * seconds,
-        tokens_per_second=len(ids) / seconds,
+        tokens_per_second=fed.shape[1] / seconds,
         memory_mib=peak / 2**20,
         graph_breaks=sum(counters["graph_break"].values()),
         graphs=counters["stats"]["unique_graphs"],
         exchanges=exchanges,
-        tokens_differ=sum(wrong for _, wrong in told),
+        tokens_differ=0 if first is None else int((ours != torch.tensor(first.tokens)).sum()),
+        logits_differ=None if first is None else float((forced - first.logits).norm() / first.logits.norm()),
         parts=parts,
     )
 
 
-def profile(step: Callable[[int], None], at: int, layers: int) -> Parts:
-    """What the steps after ``at`` are made of; all ranks call it."""
-    from torch.profiler import DeviceType, ProfilerActivity
-
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        for _ in range(PROFILED):
-            step(at)
-        torch.cuda.synchronize()
-    found = seen.key_averages()
-    on_device = [event for event in found if event.device_type == DeviceType.CUDA]
-    kernels = [
-        (event.key, event.count / PROFILED, event.self_device_time_total / PROFILED)
-        for event in on_device
-        if not event.key.startswith(("Memcpy", "Memset"))
-    ]
-    kinds = dict.fromkeys((*KINDS, "other"), 0.0)
-    for key, _, microseconds in kernels:
-        kind = next((kind for kind, words in KINDS.items() if any(word in key for word in words)), "other")
-        kinds[kind] += microseconds
-    counts = {event.key: event.count / PROFILED for event in found}
-    return Parts(
-        kinds=kinds,
-        exchange_a_layer=kinds["exchange"] / layers,
-        exchange_share=kinds["exchange"] / max(sum(kinds.values()), 1e-9),
-        graph_launches=counts.get("cudaGraphLaunch", 0.0),
-        other_launches=sum(
-            count for key, count in counts.items() if key.startswith(("cudaLaunchKernel", "cuLaunchKernel"))
-        ),
-        kernels=sorted(kernels, key=lambda kernel: -kernel[2])[:20],
-    )
+Row = tuple[str, str, Figures | str]
+"""Contender, how, and its figures or why there are none."""
 
 
 def work(place: Place, options: Options) -> bool:
+    """Every contender of ``options`` in this process, each rank's part of it."""
     torch.manual_seed(0)
     with process_group(place):
         whole = build(options, torch.device(place.device))
-        expected: list[Any] = []
-        found: list[tuple[str, str, Figures | str]] = []
+        known: list[First] = []
+        found: list[Row] = []
         for name in options.contenders:
             for how in options.hows:
                 began = time.perf_counter()
-                found.append((name, how, measure(name, how, whole, place, options, expected)))
+                found.append((name, how, measure(name, how, whole, place, options, known)))
                 if place.rank == 0:
                     seconds = time.perf_counter() - began
                     print(f"{name}, {how}, {seconds:.0f} s: {found[-1][2]}", file=sys.stderr, flush=True)
-                    write(found, place, options)  # a run that is cut short keeps what it has
+                    write(found, place.size, place.device, options)  # a run that is cut short keeps what it has
                 dist.barrier()
+        if options.folder:
+            # NCCL's end of a communicator waits for the graphs that hold its exchanges: this process has nothing else to end.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
         if place.rank == 0:
-            lines = table(found, place, options)
-            print("\n".join(lines))
-            if options.out:
-                plot([one for *_, one in found if isinstance(one, Figures)], lines[0], _stem(place, options, "png"))
-        # NCCL's end of a communicator waits for the graphs that hold its exchanges.
+            finish(found, place.size, place.device, options)
         torch._dynamo.reset()
         gc.collect()
     return True
 
 
-def table(found: list[tuple[str, str, Figures | str]], place: Place, options: Options) -> list[str]:
+def apart(options: Options, ranks: int, kind: str, limit: float, arguments: list[str]) -> bool:
+    """Every contender in processes of its own; what has not ended after ``limit`` seconds is killed, and said so."""
+    found: list[Row] = []
+    # A child has a session of its own: whoever ends this process must not leave it on the GPUs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix="epops-bench-decode-") as folder:
+        for name in options.contenders:
+            for how in options.hows:
+                began = time.perf_counter()
+                asked = [*arguments, "--ranks", str(ranks), "--contenders", name, "--how", how, "--into", folder]
+                child = subprocess.Popen([sys.executable, __file__, *asked], start_new_session=True)
+                try:
+                    said = f"its processes ended with {child.wait(limit)}"
+                except subprocess.TimeoutExpired:
+                    said = f"no answer in {limit:.0f} s"
+                finally:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
+                made = Path(folder) / "figures.json"
+                row = json.loads(made.read_text()) if made.exists() else {"failed": said}
+                made.unlink(missing_ok=True)
+                found.append((name, how, row["failed"] if "failed" in row else _figures(row)))
+                print(f"{name}, {how}: {time.perf_counter() - began:.0f} s in all", file=sys.stderr, flush=True)
+                write(found, ranks, kind, options)
+    finish(found, ranks, kind, options)
+    return True
+
+
+def _figures(row: dict[str, Any]) -> Figures:
+    return Figures(**{**row, "parts": None if row["parts"] is None else Parts(**row["parts"])})
+
+
+def finish(found: list[Row], ranks: int, kind: str, options: Options) -> None:
+    lines = table(found, ranks, kind, options)
+    print("\n".join(lines))
+    if options.out:
+        plot([one for *_, one in found if isinstance(one, Figures)], lines[0], _stem(ranks, options, "png"))
+
+
+def table(found: list[Row], ranks: int, kind: str, options: Options) -> list[str]:
     """Lines of the table, its title first."""
-    device = torch.cuda.get_device_name() if place.device.startswith("cuda") else platform.machine()
-    head = f"{options.model} ({options.config}), {options.dtype}, {options.batch} sequences a rank, {place.size} × {device}"
+    device = torch.cuda.get_device_name() if kind.startswith("cuda") else platform.machine()
+    head = f"{options.model} ({options.config}), {options.dtype}, {options.batch} sequences a rank, {ranks} × {device}"
     lines = [
         head,
         "",
-        "| | step | ms a step | tokens/s | MiB | graph breaks | graphs | exchanges | tokens that differ |",
+        "| | step | ms a step | tokens/s | MiB | graph breaks | graphs | exchanges | tokens that differ | logits differ |",
     ]
-    lines.append("|" + " --- |" * 9)
+    lines.append("|" + " --- |" * 10)
     for name, how, one in found:
         if isinstance(one, str):
             lines.append(f"| {name} | {how} | failed: {one} |")
             continue
         cells = [f"{one.milliseconds:.2f}", f"{one.tokens_per_second:,.0f}", f"{one.memory_mib:.0f}"]
         counts = [one.graph_breaks, one.graphs, one.exchanges, one.tokens_differ]
-        lines.append(f"| {name} | {how} | {' | '.join([*cells, *map(str, counts)])} |")
-    for _, _, one in found:
+        far = "" if one.logits_differ is None else f"{one.logits_differ:.1e}"
+        lines.append(f"| {name} | {how} | {' | '.join([*cells, *map(str, counts), far])} |")
+    for name, _, one in found:
         if isinstance(one, Figures) and one.parts is not None:
-            lines += ["", *told(one.parts)]
+            lines += ["", *told(name, one.parts)]
     return lines
 
 
-def _stem(place: Place, options: Options, ending: str) -> Path:
-    return Path(options.out) / f"decode_{options.model}_{options.config}_{place.size}.{ending}"
+def _stem(ranks: int, options: Options, ending: str) -> Path:
+    return Path(options.out) / f"decode_{options.model}_{options.config}_{ranks}.{ending}"
 
 
-def write(found: list[tuple[str, str, Figures | str]], place: Place, options: Options) -> None:
-    """JSON and the table, in the folder that was asked for."""
-    if not options.out:
+def write(found: list[Row], ranks: int, kind: str, options: Options) -> None:
+    """JSON and the table, in the folder that was asked for; or the last one's figures, for the process that waits for them."""
+    rows = [_row(name, how, one) for name, how, one in found]
+    if options.folder:
+        path = Path(options.folder) / "figures.json"
+        path.with_suffix(".part").write_text(json.dumps(rows[-1]))
+        path.with_suffix(".part").rename(path)
+    if not options.out or options.folder:
         return
     Path(options.out).mkdir(parents=True, exist_ok=True)
-    lines = table(found, place, options)
+    lines = table(found, ranks, kind, options)
     facts = {
         "what": lines[0],
         "torch": torch.__version__,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "command": options.command,
     }
-    rows = [_row(name, how, one) for name, how, one in found]
-    _stem(place, options, "json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    _stem(place, options, "md").write_text("\n".join(lines) + "\n")
+    _stem(ranks, options, "json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    _stem(ranks, options, "md").write_text("\n".join(lines) + "\n")
 
 
-def told(parts: Parts) -> list[str]:
-    """The lines of a profile."""
-    kinds = ", ".join(f"{kind} {microseconds:.0f}" for kind, microseconds in parts.kinds.items())
-    lines = [
-        f"epops' captured step, µs of the device by kind of kernel: {kinds}.",
-        f"Exchanges take {parts.exchange_a_layer:.1f} µs a layer, {parts.exchange_share:.0%} of the kernels' time.  The host makes "
-        f"{parts.graph_launches:g} graph launches and {parts.other_launches:g} kernel launches a step.",
-        "",
-        "| kernel | a step | µs a step |",
-        "| --- | --- | --- |",
-    ]
-    for name, count, microseconds in parts.kernels:
-        lines.append(f"| `{name[:100]}` | {count:g} | {microseconds:.1f} |")
-    return lines
+def commit() -> str:
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
+    try:
+        command = ("git", "rev-parse", "--short", "HEAD")
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _row(name: str, how: str, one: Figures | str) -> dict[str, Any]:
@@ -391,8 +443,10 @@ def main() -> None:
     parser.add_argument(
         "--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS, help="in this order; default: all"
     )
-    parser.add_argument("--profile", action="store_true", help="what epops' captured step is made of")
+    parser.add_argument("--profile", action="store_true", help="what epops' captured steps are made of")
+    parser.add_argument("--limit", type=float, default=180.0, help="seconds that one contender has, from its start")
     parser.add_argument("--out", default="", help="folder for JSON, table and plot")
+    parser.add_argument("--into", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.steps + WARM_UPS > chosen.length:
         parser.error(f"--length: expected room for {chosen.steps + WARM_UPS} steps, got {chosen.length}")
@@ -400,9 +454,14 @@ def main() -> None:
     count, kind = choose(started, chosen.ranks, chosen.device, "bench_decode")
     hows = tuple(chosen.how or (HOWS if kind == "cuda" else HOWS[:2]))
     settings = (chosen.model, chosen.config, chosen.batch, chosen.steps, chosen.length, chosen.dtype, hows)
-    contenders = tuple(chosen.contenders)
-    options = Options(*settings, contenders, chosen.profile, chosen.out, " ".join(["python", *sys.argv]))
-    good = start(work, options, count, kind) if started is None else join_torchrun(work, options, kind)
+    last = (chosen.profile, chosen.out, " ".join(["python", *sys.argv]), chosen.into)
+    options = Options(*settings, tuple(chosen.contenders), *last)
+    if started is not None:
+        good = join_torchrun(work, options, kind)
+    elif chosen.into:
+        good = start(work, options, count, kind)
+    else:
+        good = apart(options, count, kind, chosen.limit, sys.argv[1:])
     sys.exit(0 if good else 1)
 
 

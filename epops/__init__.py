@@ -9,6 +9,7 @@ from . import registration
 from .errors import DisagreementError, EpopsError, GroupError, PeerError, RoutingError
 from .group import ExpertGroup, check_all, get_group
 from .ops.all_to_all import AllToAllResult, all_to_all, all_to_all_start, all_to_all_wait
+from .ops.all_to_all_quant import AllToAllQuantResult, all_to_all_quant, all_to_all_quant_start, all_to_all_quant_wait
 from .ops.combine import CombineResult, combine, combine_start, combine_wait
 from .ops.dispatch import DispatchResult, dispatch, dispatch_start, dispatch_wait
 from .ops.dispatch_quant import dispatch_quant, dispatch_quant_start, dispatch_quant_wait
@@ -24,6 +25,7 @@ _LAZY = {
     "checkpoint_contexts": "epops.checkpoint",
     "parallelize": "epops.models",
     "parallelize_optimizer": "epops.models",
+    "quantize_experts": "epops.models",
     "expert_parameters": "epops.models",
     "register_adapter": "epops.models",
     "clip_grad_norm_": "epops.models",
@@ -50,6 +52,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AllToAllQuantResult",
     "AllToAllResult",
     "CombineResult",
     "DisagreementError",
@@ -63,6 +66,9 @@ __all__ = [
     "RoutingError",
     "all_reduce",
     "all_to_all",
+    "all_to_all_quant",
+    "all_to_all_quant_start",
+    "all_to_all_quant_wait",
     "all_to_all_start",
     "all_to_all_wait",
     "average_gradients",
@@ -90,6 +96,7 @@ __all__ = [
     "parallelize_optimizer",
     "plan_all_to_all",
     "quantize",
+    "quantize_experts",
     "register_adapter",
     "save_exchanges",
     "serving",

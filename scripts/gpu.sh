@@ -9,6 +9,8 @@
 #   overlap     an MoE layer with and without the overlap pass
 #   bench       dispatch and combine; results go to $OUT or benchmarks/results
 #   exchange    all_to_all
+#   vdev        torch's exchanges with splits on the device, in processes of their own
+#   mla         latent attention: the example, and both cores at decode
 #   decode      a decode step beside other ways, rows with room to spare, and a soak
 # Each stage has its own time limit, so that a hang costs little; the last line says which stages passed.
 set -uo pipefail
@@ -43,10 +45,17 @@ for name in "$@"; do
     overlap) stage overlap 200 torchrun --nproc-per-node "$gpus" benchmarks/bench_overlap.py --out "$results" ;;
     bench) stage bench 300 torchrun --nproc-per-node "$gpus" benchmarks/bench_dispatch_combine.py --out "$results" ${BENCH:-} ;;
     exchange) stage exchange 120 torchrun --nproc-per-node "$gpus" benchmarks/bench_all_to_all.py --device cuda --runs 5 --out "$results/all_to_all.json" ;;
+    vdev)
+      [ -f "$results/all_to_all.json" ] || cp benchmarks/results/all_to_all.json "$results/"
+      stage vdev 90 torchrun --nproc-per-node "$gpus" benchmarks/bench_all_to_all.py --device cuda --vdev --runs 5 --out "$results/all_to_all.json"
+      stage vdev_2d 60 torchrun --nproc-per-node "$gpus" benchmarks/bench_vdev_2d.py ;;
+    mla)
+      stage mla-example 120 torchrun --nproc-per-node "$gpus" examples/mla_data_parallel.py --device cuda
+      stage mla 150 torchrun --nproc-per-node "$gpus" benchmarks/bench_mla.py --device cuda --out "$results/mla.json" ;;
     decode)
-      stage decode 300 python3 benchmarks/bench_decode.py --config 30b --batch 64 --dtype bfloat16 --profile --how eager captured --out "$results"
+      stage decode "${DECODE:-400}" python3 benchmarks/bench_decode.py --config 30b --batch 64 --dtype bfloat16 --profile --limit 90 --out "$results" ${DECODE_ARGS:---how eager captured}
       stage padding 60 python3 benchmarks/bench_padding.py --room 1 16 --out "$results/padding.json"
-      stage soak "${SOAK:-300}" python3 benchmarks/soak_decode.py --device cuda --steps 20000 --every 500 ;;
+      stage soak "${SOAK:-300}" python3 benchmarks/soak_decode.py --device cuda --steps 20000 --every 500 --buckets 1 8 32 --out "$results/soak.json" ;;
     *) echo "gpu.sh: no stage $name" >&2; exit 2 ;;
   esac
 done

@@ -7,6 +7,7 @@ from .gradients import average_gradients, clip_grad_norm_, expert_parameters
 from .join import join
 from .optimizer_state import parallelize_optimizer
 from .parallelize import parallelize
+from .quantize_experts import quantize_experts
 from .site import Shard
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "join",
     "parallelize",
     "parallelize_optimizer",
+    "quantize_experts",
     "register_adapter",
 ]

@@ -29,6 +29,8 @@ class Rows(NamedTuple):
     """(C,) slot of each row, -1 at padding."""
     ends: Tensor
     """(L,) int32 running ends of the groups."""
+    scales: Tensor | None = None
+    """(C, 1) float32 scales, where the rows are fp8 (`Site.quantized`)."""
 
 
 def exchange(
@@ -49,21 +51,24 @@ def exchange(
     x = x.reshape(-1, shape[-1])
     topk_idx = topk_idx.reshape(x.shape[0], -1)
     max_tokens = x.shape[0] if site.serving.padded else None
-    received = epops.dispatch(
-        x,
-        participating(site, topk_idx),
-        topk_weights.reshape(topk_idx.shape).float(),
-        group=site.group,
-        num_experts=site.num_experts,
-        num_slots=site.num_slots,
-        max_tokens=max_tokens,
-        grad_scale=site.scale,
-    )
+    settings: dict[str, Any] = {
+        "group": site.group,
+        "num_experts": site.num_experts,
+        "num_slots": site.num_slots,
+        "max_tokens": max_tokens,
+        "grad_scale": site.scale,
+    }
+    given = (x, participating(site, topk_idx), topk_weights.reshape(topk_idx.shape).float())
+    if site.quantized:
+        _no_gradient(site, x)
+        received = epops.dispatch_quant(*given, block=0, **settings)
+    else:
+        received = epops.dispatch(*given, **settings)
     weights = received.row_weights
     if weight_on == "rows":
         # These weights' gradient comes with the rows', which is the experts' share, 1 / R of the token's.
         weights = scale_gradient(weights, site.scale)
-    y = compute(Rows(received.rows, weights, received.row_expert, received.expert_ends))
+    y = compute(Rows(received.rows, weights, received.row_expert, received.expert_ends, received.scales))
     combined = epops.combine(
         y,
         received.route,
@@ -78,6 +83,14 @@ def exchange(
         grad_scale=1.0 / site.scale,
     )
     return combined.out.reshape(*shape[:-1], combined.out.shape[-1])
+
+
+def _no_gradient(site: Site, x: Tensor) -> None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            f"epops experts {site.name!r}: expected inference, got tokens that require a gradient, and epops.quantize_experts made "
+            "these experts fp8; run it under torch.no_grad(), or train the model that was not quantized"
+        )
 
 
 def participating(site: Site, topk_idx: Tensor) -> Tensor:

@@ -14,17 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import epops
+
 from .autograd import call_replicated
-from .experts import Rows, exchange, linear
+from .experts import Rows, bias, exchange, linear
 from .site import Shard, Site, site_of
 
 NAME = "epops"
+FP8_SCALE = "_epops_scale"
+"""After the name of a projection that `epops.quantize_experts` made fp8: its scales, (L, out) float32."""
 FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
 
 
 def matches(module: nn.Module) -> bool:
     """Whether ``module`` was made by transformers' ``use_experts_implementation``."""
     return all(hasattr(module, flag) for flag in FLAGS) and isinstance(getattr(module, "down_proj", None), Tensor)
+
+
+def projections(module: nn.Module) -> tuple[str, str]:
+    """Names of the two matrices that every expert has."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
 
 
 def shards(module: nn.Module) -> dict[str, Shard]:
@@ -72,13 +81,13 @@ def unskipped(site: Site, topk_idx: Tensor) -> Tensor:
 
 def run(self: nn.Module, group: Any, rows: Rows) -> Tensor:
     """Up, gate, down on rows grouped by expert."""
-    up = "gate_up_proj" if self.has_gate else "up_proj"
+    up, down = projections(self)
     h = _project(self, rows, rows.x, up)
     if self.has_gate:
         h = self._apply_gate(h)
     else:
         h = _activation(self, group, h)
-    y = _project(self, rows, h, "down_proj")
+    y = _project(self, rows, h, down)
     if self.has_post_expert_norm:
         y = call_replicated(self.post_expert_norm, group, _only_valid(rows, y))
     return y
@@ -96,13 +105,25 @@ def _only_valid(rows: Rows, y: Tensor) -> Tensor:
 
 def _project(self: nn.Module, rows: Rows, x: Tensor, name: str) -> Tensor:
     weight = getattr(self, name)
-    bias = getattr(self, f"{name}_bias", None) if self.has_bias else None
+    bias_of = getattr(self, f"{name}_bias", None) if self.has_bias else None
+    quantized = getattr(self, name + FP8_SCALE, None)
+    if quantized is not None:
+        return _scaled(rows, x, weight, quantized, bias_of)
     scale = getattr(self, f"{name}_scale_inv", None)
     if scale is not None and weight.element_size() == 1:
         weight = dequantize(
             weight, scale, getattr(self, "block_size", None), x.dtype, where=f"{type(self).__name__}.{name}"
         )
-    return linear(rows, x, weight, bias, transposed=self.is_transposed)
+    return linear(rows, x, weight, bias_of, transposed=self.is_transposed)
+
+
+def _scaled(rows: Rows, x: Tensor, weight: Tensor, scales: Tensor, bias_of: Tensor | None) -> Tensor:
+    """``x @ weight[expert].T + bias[expert]`` in fp8: rows as the dispatch brought them, or quantized here, a scale a row."""
+    given = x, rows.scales
+    if x.element_size() > 1:
+        given = epops.quantize(x, block=0)
+    y = epops.grouped_mm(given[0], weight.transpose(1, 2), rows.ends, row_scales=given[1], weight_scales=scales)
+    return y if bias_of is None else y + bias(rows, bias_of).to(y.dtype)
 
 
 def dequantize(weight: Tensor, scale_inv: Tensor, block: Any, dtype: torch.dtype, *, where: str) -> Tensor:

@@ -74,6 +74,8 @@ class Site:
     """Names of parameters and buffers, relative to the module, that hold this rank's experts."""
     names: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Of those, tensors stacked from experts that are modules of their own → the unsharded layout's names, by expert."""
+    quantized: bool = False
+    """Whether `epops.quantize_experts` has made the experts fp8: rows are then quantized while they are dispatched."""
 
     @property
     def group(self) -> Any:

@@ -138,11 +138,20 @@ def attention(
         raise ValueError(
             "epops.nn.shard_mla: mla_step: expected the step that epops.nn.begin returned, got None; call the model with mla_step=…"
         )
-    core, step = layer.epops_core, mla_step
+    core = layer.epops_core
     weight = layer.kv_b_proj.weight.view(core.heads[core.rank], -1, layer.kv_lora_rank)
     to_latent, from_latent = weight.split([layer.qk_nope_head_dim, layer.v_head_dim], dim=1)
     plain, rotated = query[0].split([layer.qk_nope_head_dim, layer.qk_rope_head_dim], dim=-1)
     queries = torch.cat([torch.bmm(plain, to_latent), rotated], dim=-1)  # (h, T, D)
+    found = attend(core, queries, key, value, mla_step, scaling)
+    out = torch.bmm(found, from_latent.transpose(1, 2))  # (h, T, v)
+    return out.transpose(0, 1).unsqueeze(0), None
+
+
+def attend(
+    core: Core, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: MLAStep, scaling: float
+) -> torch.Tensor:
+    """Exchanges and attention, between the products with ``kv_b_proj``: (h, T, D) queries of this rank's heads → (h, T, lora)."""
     if core.kind == "heads":
         found = _attend(queries.transpose(0, 1), key, value, step, scaling)
     else:
@@ -171,9 +180,7 @@ def attention(
             out_size=step.batch.cache_row.shape[0],
         ).rows
     # Cut behind the transpose: next to the exchange all ranks have the same nodes, and so the same exchange.
-    found = found.transpose(0, 1).contiguous()[: core.heads[core.rank]]
-    out = torch.bmm(found, from_latent.transpose(1, 2))  # (h, T, v)
-    return out.transpose(0, 1).unsqueeze(0), None
+    return found.transpose(0, 1).contiguous()[: core.heads[core.rank]]
 
 
 def _attend(

@@ -27,7 +27,7 @@ class AllToAllResult(NamedTuple):
     status: torch.Tensor
 
 
-def _arguments(
+def all_to_all_arguments(
     op: str,
     x: torch.Tensor,
     input_splits: torch.Tensor | None,
@@ -108,7 +108,7 @@ def all_to_all(
     >>> got.rows.tolist(), got.counts.tolist()
     ([0, 1, 0, 0], [2])
     """
-    a = _arguments("all_to_all", x, input_splits, output_splits, plan, **settings)
+    a = all_to_all_arguments("all_to_all", x, input_splits, output_splits, plan, **settings)
     return AllToAllResult(*call(torch.ops.epops.all_to_all.default, x, input_splits, output_splits, plan, **a))
 
 
@@ -120,7 +120,7 @@ def all_to_all_start(
     **settings: Any,
 ) -> torch.Tensor:
     """Begin an `all_to_all` and return its ticket."""
-    a = _arguments("all_to_all_start", x, input_splits, output_splits, plan, **settings)
+    a = all_to_all_arguments("all_to_all_start", x, input_splits, output_splits, plan, **settings)
     return torch.ops.epops.all_to_all_start.default(x, input_splits, output_splits, plan, **a)
 
 
@@ -133,7 +133,7 @@ def all_to_all_wait(
     **settings: Any,
 ) -> AllToAllResult:
     """Result of the `all_to_all` that ``ticket`` began."""
-    a = _arguments("all_to_all_wait", x, input_splits, output_splits, plan, **settings)
+    a = all_to_all_arguments("all_to_all_wait", x, input_splits, output_splits, plan, **settings)
     return AllToAllResult(*torch.ops.epops.all_to_all_wait.default(ticket, x, input_splits, output_splits, plan, **a))
 
 
@@ -288,14 +288,19 @@ def certainly_equal(left: Any, right: Any) -> bool:
     return bool(statically_known_true(left == right))
 
 
+def goes_back_ragged(x: torch.Tensor, ins: Any, outs: Any, plan: Any, a: dict[str, Any]) -> bool:
+    """Whether the gradient needs the counts: pieces that may differ from rank to rank go back as they came."""
+    same = a["scatter_dim"] == a["gather_dim"]
+    even = x.shape[a["gather_dim"]] * (1 if same else a["ep_size"])
+    # Room for other than R pieces like this rank's: pieces differ from rank to rank, and go back as they came.
+    other = not certainly_equal(a["out_size"], even)
+    return plan is None and (outs is not None or (same and ins is not None) or other)
+
+
 def _save(ctx: Any, x: Any, ins: Any, outs: Any, plan: Any, settings: dict[str, Any], counts: torch.Tensor) -> None:
     ctx.settings = full_settings(settings)
     ctx.x_shape = x.shape
-    same = ctx.settings["scatter_dim"] == ctx.settings["gather_dim"]
-    even = x.shape[ctx.settings["gather_dim"]] * (1 if same else ctx.settings["ep_size"])
-    # Room for other than R pieces like this rank's: pieces differ from rank to rank, and go back as they came.
-    other = not certainly_equal(ctx.settings["out_size"], even)
-    ctx.ragged_back = plan is None and (outs is not None or (same and ins is not None) or other)
+    ctx.ragged_back = goes_back_ragged(x, ins, outs, plan, ctx.settings)
     ctx.save_for_backward(counts, ins, plan)
 
 
@@ -311,22 +316,29 @@ def _setup_wait(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) ->
     ctx.first = (None,)
 
 
-def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    counts, ins, plan = ctx.saved_tensors
-    a = ctx.settings
+def way_back(
+    grad: torch.Tensor, counts: torch.Tensor | None, ins: Any, plan: Any, x_shape: Any, a: dict[str, Any]
+) -> torch.Tensor:
+    """The gradient of x, of shape ``x_shape``: the same exchange with splits and dims swapped; ``counts`` where it is ragged."""
     grad_x, _, _ = torch.ops.epops.all_to_all.default(
         grad,
-        counts if ctx.ragged_back else None,
+        counts,
         ins,
         None if plan is None else reverse_plan(plan, a["ep_size"]),
         group=a["group"],
         ep_size=a["ep_size"],
-        out_size=ctx.x_shape[a["scatter_dim"]],
-        scatter_size=ctx.x_shape[a["gather_dim"]],
+        out_size=x_shape[a["scatter_dim"]],
+        scatter_size=x_shape[a["gather_dim"]],
         scatter_dim=a["gather_dim"],
         gather_dim=a["scatter_dim"],
         lane=a["lane"],
     )
+    return grad_x
+
+
+def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    counts, ins, plan = ctx.saved_tensors
+    grad_x = way_back(grad, counts if ctx.ragged_back else None, ins, plan, ctx.x_shape, ctx.settings)
     return (*ctx.first, grad_x, None, None, None)
 
 
