@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import queue
+import struct
 import sys
 import threading
 import time
@@ -123,6 +124,21 @@ def write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
+
+
+def drop_cut_libraries(cache: Path) -> int:
+    """Remove the shared libraries in Inductor's cache that a killed compiler left unfinished; it would load them for ever."""
+    cut = 0
+    for library in cache.rglob("*.so"):
+        head = library.read_bytes()[:64]
+        whole = len(head) == 64 and head[:4] == b"\x7fELF"
+        if whole:  # the section headers stand last
+            start, (size, count) = struct.unpack_from("<Q", head, 40)[0], struct.unpack_from("<HH", head, 58)
+            whole = library.stat().st_size >= start + size * count > 0
+        if not whole:
+            library.unlink()
+            cut += 1
+    return cut
 
 
 def reason(family: str, cells: dict[str, Cell]) -> str:
@@ -265,6 +281,9 @@ def main(
             own.setdefault(family, {})[name] = cell
             write(results_file, json.dumps(own, indent=1, sort_keys=True))
 
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        if resume and cache and (cut := drop_cut_libraries(Path(cache))):
+            console.print(f"removed {cut} unfinished libraries from Inductor's cache")
         missing = {f: [s for s in wanted if not stands(s, results.get(f, {}).get(s), ranks, retry)] for f in names}
         run(missing, results, keep, console, ranks=ranks, jobs=jobs, timeout=timeout, threads=threads)
     shown = [s for s in STAGES if any(s in cells for cells in results.values())]
