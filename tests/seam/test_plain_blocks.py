@@ -107,6 +107,8 @@ def test_sharding_twice_and_wrong_arguments() -> None:
     with epops.ExpertGroup(None, max_tokens=8) as group:
         with pytest.raises(ValueError, match="grad_reduce"):
             epops.parallelize(model, group, grad_reduce="max")
+        with pytest.raises(ValueError, match="exact: expected True, False or None, got 'yes'"):
+            epops.parallelize(model, group, exact="yes")
         epops.parallelize(model, group)
         with pytest.raises(ValueError, match=r"blocks\.0.* is sharded already"):
             epops.parallelize(model, group)

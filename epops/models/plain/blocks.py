@@ -124,7 +124,8 @@ def _install(module: nn.Module, loop: Loop, reading: Reading, compute_of: Callab
         site = site_of(module)
         assert site is not None
         weights = idx.new_ones(idx.shape, dtype=x.dtype) if weights is None else weights
-        return _added(out, exchange(site, x.reshape(-1, x.shape[-1]), idx, weights, compute_of(module)))
+        loop = not isinstance(out, Tensor) or out.dtype == x.dtype
+        return _added(out, exchange(site, x.reshape(-1, x.shape[-1]), idx, weights, compute_of(module), loop=loop))
 
     set_method(module, ROUTED, routed)
     set_method(module, "forward", loop.replaced(reading.x, reading.idx, reading.weights))
