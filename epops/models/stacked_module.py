@@ -213,6 +213,11 @@ class StackedExperts:
         if len(kinds) > 1 or any(shape != shapes[0] for shape in shapes):
             found = [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]][:2]
             raise refuse(where, f"expected experts of one class and shape, got {sorted(kinds)} with parameters {found}")
+        parameters = [p for module in modules for p in module.parameters()]
+        if len({id(p) for p in parameters}) < len(parameters):
+            raise refuse(
+                where, f"expected experts with parameters of their own, got {kinds.pop()} modules that share some"
+            )
         if any(True for _ in modules[0].buffers()):
             raise refuse(where, f"the expert {type(modules[0]).__name__} has buffers, which cannot be stacked")
         self.graph = trace(modules[0], where)
