@@ -119,7 +119,7 @@ SCHEMAS: dict[str, str] = {
         "int gather_dim=0, int lane=0) -> (Tensor rows, Tensor counts, Tensor status)"
     ),
     # ---- what the model seam needs beside the exchanges ------------------------------------------------------------------
-    "grouped_mm": "grouped_mm(Tensor rows, Tensor weight, Tensor expert_ends) -> Tensor",
+    "grouped_mm": "grouped_mm(Tensor rows, Tensor weight, Tensor expert_ends, Tensor? bias=None) -> Tensor",
     "grouped_mm_backward_weight": (
         "grouped_mm_backward_weight(Tensor grad, Tensor rows, Tensor expert_ends) -> Tensor"
     ),

@@ -2,7 +2,8 @@
 
 For each family a tiny instance is sharded by `epops.parallelize` and compared with the one-process model: outputs and all
 gradients, eager and compiled, fp32 and bf16, and the tokens of ``generate``.  It takes hours on two cores; results are
-kept in a file as they come, and a second run with ``--resume`` goes on from there.
+kept in a file after every stage of a family, and a second run with ``--resume`` goes on from there.  Runs on several
+machines make one table: ``--merge FILE`` takes other runs' results too, and ``--only-table`` runs nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import dataclasses
 import json
 import os
 import queue
+import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +59,14 @@ STAGES = {
 """Stages in the order in which a family goes through them, cheap ones first."""
 
 
+Cell = dict[str, Any]
+"""What is kept of one stage of one family: ``ok``, ``says`` (its words in the table), ``seconds``, ``torch`` and ``ranks`` it ran
+with, ``error`` and ``limit`` where numbers were compared, and ``own_scale``: gradients were compared without a floor."""
+
+Results = dict[str, dict[str, Cell]]
+"""Family → stage → cell."""
+
+
 def judge(stage: Stage, results: list[dict[str, Any]]) -> tuple[bool, str]:
     """Whether a stage passed, and what its cell of the table says."""
     if "tokens" in results[0]:
@@ -69,25 +80,70 @@ def judge(stage: Stage, results: list[dict[str, Any]]) -> tuple[bool, str]:
     return False, f"{breaks} graph breaks" if breaks else f"{where} differs by {worst['error']:.1e}{because}"
 
 
-def run_family(pool: Pool, family: str, stages: list[str], timeout: float) -> dict[str, dict[str, Any]]:
-    """Stage → ``{"ok", "says", "seconds"}``."""
-    cells: dict[str, dict[str, Any]] = {}
-    for name in stages:
-        stage, began = STAGES[name], time.monotonic()
-        if name == "generate" and family in NO_GENERATE:
-            ok, says = True, NO_GENERATE[family]
-        else:
-            try:
-                ok, says = judge(stage, pool.run(stage.call, family, timeout=timeout, **stage.settings()))
-            except RankError as error:
-                ok, says = False, str(error)
-        cells[name] = {"ok": ok, "says": says, "seconds": round(time.monotonic() - began, 1), "own_scale": True}
-    return cells
+TORCH = torch.__version__.split("+")[0]
 
 
-def reason(family: str, cells: dict[str, dict[str, Any]]) -> str:
+def run_stage(pool: Pool, family: str, name: str, timeout: float) -> Cell:
+    """One stage of one family, on the ranks of ``pool``."""
+    stage, began = STAGES[name], time.monotonic()
+    cell: Cell = {"own_scale": True, "torch": TORCH, "ranks": pool.ranks}
+    if name == "generate" and family in NO_GENERATE:
+        cell["ok"], cell["says"] = True, NO_GENERATE[family]
+    else:
+        try:
+            results = pool.run(stage.call, family, timeout=timeout, **stage.settings())
+            cell["ok"], cell["says"] = judge(stage, results)
+            if "error" in results[0]:
+                worst = max(results, key=lambda r: r["error"] / r["limit"])
+                cell["error"], cell["limit"] = worst["error"], worst["limit"]
+        except RankError as error:
+            cell["ok"], cell["says"] = False, str(error)
+    cell["seconds"] = round(time.monotonic() - began, 1)
+    return cell
+
+
+def stands(name: str, cell: Cell | None, ranks: int, retry: bool) -> bool:
+    """Whether an earlier run's cell need not be run again: compared as today, over as many ranks."""
+    if cell is None or (retry and not cell["ok"]):
+        return False
+    return (name == "generate" or bool(cell.get("own_scale"))) and cell.get("ranks", ranks) == ranks
+
+
+def merge(results: Results, other: Results) -> None:
+    """``other``'s cells into ``results``: they win, but never one that was compared with a floor over one that was not."""
+    for family, cells in other.items():
+        mine = results.setdefault(family, {})
+        for name, cell in cells.items():
+            if cell.get("own_scale") or not mine.get(name, {}).get("own_scale"):
+                mine[name] = cell
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing: whoever ends this process leaves a file that can be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def drop_cut_libraries(cache: Path) -> int:
+    """Remove the shared libraries in Inductor's cache that a killed compiler left unfinished; it would load them for ever."""
+    cut = 0
+    for library in cache.rglob("*.so"):
+        head = library.read_bytes()[:64]
+        whole = len(head) == 64 and head[:4] == b"\x7fELF"
+        if whole:  # the section headers stand last
+            start, (size, count) = struct.unpack_from("<Q", head, 40)[0], struct.unpack_from("<HH", head, 58)
+            whole = library.stat().st_size >= start + size * count > 0
+        if not whole:
+            library.unlink()
+            cut += 1
+    return cut
+
+
+def reason(family: str, cells: dict[str, Cell]) -> str:
     """ "works", or why not: what is known about the first failure, or the first line of what it said."""
-    failed = [(name, cell["says"]) for name, cell in cells.items() if not cell["ok"]]
+    failed = [(name, cells[name]["says"]) for name in STAGES if name in cells and not cells[name]["ok"]]
     if not failed:
         return "works"
     name, says = failed[0]
@@ -103,19 +159,15 @@ KNOWN: dict[tuple[str, str], str] = {
     ("qwen4_exp", "captured"): _INDEXER,
     ("qwen4_exp", "graph"): _INDEXER,
     ("qwen4_exp", "compiled"): _INDEXER,
-    ("nllb_moe", "bf16"): (
-        ". transformers adds one expert's output E - 1 times and rounds each sum to bf16; here it is one product. float32 agrees"
-    ),
     (
         "glm5_next",
         "compiled",
     ): ". Inductor refuses the one-process model on CPU with the same words, for its attention's bmm",
-    ("doge", "bf16"): ". Four of six seeds are within the limit",
 }
 """What an error's text does not tell, by (family, stage)."""
 
 
-def _floored(results: dict[str, dict[str, dict[str, Any]]], stages: list[str]) -> str:
+def _floored(results: Results, stages: list[str]) -> str:
     """Which columns are of runs before gradients were compared without a floor."""
     old = [
         STAGES[stage].title
@@ -131,7 +183,25 @@ def _floored(results: dict[str, dict[str, dict[str, Any]]], stages: list[str]) -
     )
 
 
-def table(results: dict[str, dict[str, dict[str, Any]]], stages: list[str], ranks: int) -> str:
+def _ran_with(results: Results, stages: list[str]) -> str:
+    """Torch and ranks, of each column where they are not the same in all."""
+    columns: dict[str, list[str]] = {}
+    for stage in stages:
+        kinds: dict[str, int] = {}
+        for cells in results.values():
+            if stage in cells:
+                torch_, ranks = cells[stage].get("torch"), cells[stage].get("ranks")
+                words = f"torch {torch_}, {ranks} ranks" if torch_ else "a torch that was not recorded"
+                kinds[words] = kinds.get(words, 0) + 1
+        for words, families_ in kinds.items():
+            count = f" of {families_} families" if len(kinds) > 1 else ""
+            columns.setdefault(words, []).append(STAGES[stage].title + count)
+    if len(columns) == 1:
+        return next(iter(columns))
+    return "; ".join(f"{words} ({', '.join(titles)})" for words, titles in columns.items())
+
+
+def table(results: Results, stages: list[str]) -> str:
     """docs/models.md."""
     import transformers
 
@@ -142,8 +212,8 @@ def table(results: dict[str, dict[str, dict[str, Any]]], stages: list[str], rank
         "",
         "Written by `make models` (scripts/make_models.py); do not edit.",
         "",
-        f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, {ranks} ranks, each with a batch "
-        f"and a length of its own: {works} of {len(results)} families work.",
+        f"transformers {transformers.__version__}, {_ran_with(results, stages)}; each rank with a batch and a length of its "
+        f"own.  {works} of {len(results)} families work.",
         "",
         "Numbers are the largest difference from the one-process model, of the output and of each parameter's gradient (the "
         "one-process model's on all ranks' batches), relative to the largest value of that very tensor, where it is nearest its "
@@ -171,11 +241,20 @@ def main(
     jobs: Annotated[int, typer.Option(help="Families at a time; each has its own ranks.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds for one stage of one family.")] = 900.0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what an earlier run found; run what is missing.")
+        bool, typer.Option("--resume", help="Keep what an earlier run found and is still comparable; run the rest.")
     ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="With --resume: run what failed again.")] = False,
     results_file: Annotated[Path, typer.Option("--results", help="Where results are kept.")] = ROOT
     / ".cache"
     / "models.json",
+    merged: Annotated[
+        list[Path] | None,
+        typer.Option("--merge", help="Another run's results, for the table and for --resume; later ones win."),
+    ] = None,
+    only_table: Annotated[
+        bool, typer.Option("--only-table", help="Run nothing; write the table of what there is.")
+    ] = False,
+    threads: Annotated[int, typer.Option(help="Compile threads a rank.")] = 1,
     output: Annotated[Path, typer.Option(help="The table.")] = ROOT / "docs" / "models.md",
 ) -> None:
     """Check model families over expert-parallel ranks and write the table."""
@@ -184,39 +263,76 @@ def main(
     for name in wanted:
         if name not in STAGES:
             raise typer.BadParameter(f"--stages: got {name!r}, expected some of {', '.join(STAGES)}")
-    results: dict[str, dict[str, dict[str, Any]]] = {}
-    if resume and results_file.exists():
-        results = json.loads(results_file.read_text())
-    results_file.parent.mkdir(parents=True, exist_ok=True)
+    own: Results = {}
+    if (resume or only_table) and results_file.exists():
+        own = json.loads(results_file.read_text())
+    results: Results = {}
+    merge(results, own)
+    for path in merged or []:
+        merge(results, json.loads(path.read_text()))
     console = Console()
+    if not only_table:
+
+        def keep(family: str, name: str, cell: Cell) -> None:
+            own.setdefault(family, {})[name] = cell
+            write(results_file, json.dumps(own, indent=1, sort_keys=True))
+
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        if resume and cache and (cut := drop_cut_libraries(Path(cache))):
+            console.print(f"removed {cut} unfinished libraries from Inductor's cache")
+        missing = {f: [s for s in wanted if not stands(s, results.get(f, {}).get(s), ranks, retry)] for f in names}
+        run(missing, results, keep, console, ranks=ranks, jobs=jobs, timeout=timeout, threads=threads)
+    shown = [s for s in STAGES if any(s in cells for cells in results.values())]
+    write(output, table(results, shown))
+    console.print(f"wrote {output}")
+
+
+def run(
+    missing: dict[str, list[str]],
+    results: Results,
+    keep: Callable[[str, str, Cell], None],
+    console: Console,
+    *,
+    ranks: int,
+    jobs: int,
+    timeout: float,
+    threads: int,
+) -> None:
+    """Run family → stages into ``results``, families that took longest before first; ``keep`` each cell when it is there."""
+    took = {f: sum(results.get(f, {}).get(s, {}).get("seconds", 0.0) for s in stages) for f, stages in missing.items()}
+    names = sorted((f for f in missing if missing[f]), key=lambda f: -took[f])
     pools: queue.Queue[Pool] = queue.Queue()
     for _ in range(jobs):
-        pools.put(Pool(ranks))
+        pools.put(Pool(ranks, env={"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}))
+    keeping = threading.Lock()
 
-    def work(family: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    def work(family: str) -> str:
         pool = pools.get()
         try:
-            return family, run_family(pool, family, [s for s in wanted if s not in results.get(family, {})], timeout)
+            for name in missing[family]:
+                cell = run_stage(pool, family, name, timeout)
+                with keeping:
+                    results.setdefault(family, {})[name] = cell
+                    keep(family, name, cell)
+                    said = cell["says"][:60] if cell["ok"] else "NO"
+                    progress.console.print(
+                        f"{family}: {STAGES[name].title} {said}, {cell['seconds']:.0f} s",
+                        soft_wrap=True,
+                        highlight=False,
+                    )
+            return family
         finally:
             pools.put(pool)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, concurrent.futures.ThreadPoolExecutor(jobs) as threads:
+    with Progress(*columns, console=console) as progress, concurrent.futures.ThreadPoolExecutor(jobs) as workers:
         task = progress.add_task("families", total=len(names))
-        for done in concurrent.futures.as_completed([threads.submit(work, family) for family in names]):
-            family, cells = done.result()
-            results.setdefault(family, {}).update(cells)
-            results_file.write_text(json.dumps(results, indent=1, sort_keys=True))
-            said = " · ".join(f"{STAGES[s].title} {c['says'][:60] if c['ok'] else 'NO'}" for s, c in cells.items())
-            progress.console.print(
-                f"{family}: {reason(family, results[family])} ({said})", soft_wrap=True, highlight=False
-            )
+        for done in concurrent.futures.as_completed([workers.submit(work, family) for family in names]):
+            family = done.result()
+            progress.console.print(f"{family}: {reason(family, results[family])}", soft_wrap=True, highlight=False)
             progress.advance(task)
     while not pools.empty():
         pools.get().close()
-    shown = [s for s in STAGES if any(s in cells for cells in results.values())]
-    output.write_text(table(results, shown, ranks))
-    console.print(f"wrote {output}")
 
 
 if __name__ == "__main__":

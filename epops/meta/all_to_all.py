@@ -101,7 +101,9 @@ def plan_all_to_all(
     )
 
 
-def check_grouped_mm(op: str, rows: torch.Tensor, weight: torch.Tensor, expert_ends: torch.Tensor) -> None:
+def check_grouped_mm(
+    op: str, rows: torch.Tensor, weight: torch.Tensor, expert_ends: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
     if rows.dim() != 2 or weight.dim() != 3:
         got = f"{tuple(rows.shape)} and {tuple(weight.shape)}"
         fail(op, "rows, weight", "(C, in) and (L, in, out)", got, "pass rows of the expert layout")
@@ -112,10 +114,16 @@ def check_grouped_mm(op: str, rows: torch.Tensor, weight: torch.Tensor, expert_e
     if expert_ends.dtype != torch.int32 or tuple(expert_ends.shape) != (weight.shape[0],):
         got = f"{expert_ends.dtype} {tuple(expert_ends.shape)}"
         fail(op, "expert_ends", f"int32 ({weight.shape[0]},)", got, "pass expert_ends of the dispatch")
+    wanted = (weight.shape[0], weight.shape[2])
+    if bias is not None and (bias.dtype != rows.dtype or tuple(bias.shape) != wanted):
+        got = f"{bias.dtype} {tuple(bias.shape)}"
+        fail(op, "bias", f"{rows.dtype} {wanted}, a row an expert", got, "cast it, or stack the experts' biases")
 
 
-def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, expert_ends: torch.Tensor) -> torch.Tensor:
-    check_grouped_mm("grouped_mm", rows, weight, expert_ends)
+def grouped_mm(
+    rows: torch.Tensor, weight: torch.Tensor, expert_ends: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    check_grouped_mm("grouped_mm", rows, weight, expert_ends, bias)
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 

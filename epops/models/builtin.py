@@ -13,6 +13,7 @@ from .families.jetmoe import JetMoeAttention, JetMoeMLP
 from .families.llama4 import Llama4
 from .families.longcat_flash import LongcatFlash
 from .families.nllb_moe import NllbMoe
+from .families.openai_privacy_filter import OpenAIPrivacyFilter
 from .families.step3p7 import Step3p7
 from .families.switch_transformers import SwitchTransformers
 from .plain.blocks import ModuleLoop, StackedLoop
@@ -32,6 +33,7 @@ class ExpertsInterface(Adapter):
 
 ADAPTERS: tuple[Adapter, ...] = (
     Ernie4_5VLMoe(),
+    OpenAIPrivacyFilter(),
     ExpertsInterface(),
     Dbrx(),
     Doge(),

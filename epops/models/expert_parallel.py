@@ -18,7 +18,7 @@ import epops
 from ..group import ExpertGroup, Settings, open_groups, parse_tag
 from . import interface
 from .experts import Rows, exchange
-from .site import Site, serving
+from .site import Site, facts_of, serving
 
 
 def register(module: ModuleType) -> None:
@@ -33,7 +33,7 @@ def register(module: ModuleType) -> None:
             group = group_of(ep_mesh, "ep")
             num_experts = self.num_local_experts * group.size
             # Transformers divides the gradients of experts by the number of batches itself.
-            facts = f"{num_experts} {self.num_local_experts} {group.size} sum"
+            facts = facts_of(num_experts, self.num_local_experts, group, "sum")
             self.site = Site(type(experts).__name__, facts, serving(group))
             self.slices = None
             if tp_mesh.size() > 1:

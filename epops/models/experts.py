@@ -41,11 +41,14 @@ def exchange(
     compute: Callable[[Rows], Tensor],
     *,
     weight_on: str = "output",
+    loop: bool = False,
 ) -> Tensor:
     """Run ``compute`` on the rows of this rank's experts and sum its results back to the tokens.
 
     ``weight_on``: "output" multiplies results by the router weight while they are summed; "rows" leaves the weight to
-    ``compute`` (which finds it in ``Rows.weights``), for models that weight an expert's input.
+    ``compute`` (which finds it in ``Rows.weights``), for models that weight an expert's input.  ``loop``: the model adds one
+    expert after another to a result in ``x``'s dtype, so that weighted rows are rounded to it before they are added
+    (where `Site.exact`).
     """
     shape = x.shape
     x = x.reshape(-1, shape[-1])
@@ -69,20 +72,28 @@ def exchange(
         # These weights' gradient comes with the rows', which is the experts' share, 1 / R of the token's.
         weights = scale_gradient(weights, site.scale)
     y = compute(Rows(received.rows, weights, received.row_expert, received.expert_ends, received.scales))
+    applied: Tensor | None = weights if weight_on == "output" else None
+    if site.exact and applied is not None:
+        wide = torch.promote_types(y.dtype, topk_weights.dtype)
+        rounded = x.dtype if loop else wide
+        if rounded != torch.float32:
+            y = (y.to(wide) * scale_gradient(applied, site.scale).to(wide)[:, None]).to(rounded)
+            applied = None
     combined = epops.combine(
         y,
         received.route,
-        weights if weight_on == "output" else None,
+        applied,
         group=site.group,
         num_experts=site.num_experts,
         num_slots=site.num_slots,
         max_tokens=max_tokens,
         num_tokens=x.shape[0],
         top_k=topk_idx.shape[1],
-        out_dtype=x.dtype,
+        out_dtype=torch.promote_types(x.dtype, torch.float32) if site.exact else x.dtype,
         grad_scale=1.0 / site.scale,
     )
-    return combined.out.reshape(*shape[:-1], combined.out.shape[-1])
+    out = combined.out.to(x.dtype)
+    return out.reshape(*shape[:-1], out.shape[-1])
 
 
 def _no_gradient(site: Site, x: Tensor) -> None:
@@ -114,10 +125,25 @@ def _autocast(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return rows.to(dtype), weight.to(dtype)
 
 
-def linear(rows: Rows, x: Tensor, weight: Tensor, bias_of: Tensor | None = None, *, transposed: bool = False) -> Tensor:
-    """``x @ weight[expert].T + bias[expert]`` row by row; ``weight`` is (L, out, in), or (L, in, out) if ``transposed``."""
+def linear(
+    rows: Rows,
+    x: Tensor,
+    weight: Tensor,
+    bias_of: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    fused: bool = False,
+) -> Tensor:
+    """``x @ weight[expert].T + bias[expert]`` row by row; ``weight`` is (L, out, in), or (L, in, out) if ``transposed``.
+
+    ``fused``: in bf16 and fp16 the bias is added before the product is rounded, as in nn.Linear; grouped GEMMs of GPUs cannot.
+    """
     x, weight = _autocast(x, weight)
-    y = epops.grouped_mm(x, weight if transposed else weight.transpose(-2, -1), rows.ends)
+    if not transposed:
+        weight = weight.transpose(-2, -1)
+    if fused and bias_of is not None and x.device.type == "cpu" and x.element_size() == 2:
+        return torch.ops.epops.grouped_mm.default(x, weight, rows.ends, bias_of.to(x.dtype))
+    y = epops.grouped_mm(x, weight, rows.ends)
     return y if bias_of is None else y + bias(rows, bias_of).to(y.dtype)
 
 

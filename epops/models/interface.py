@@ -55,10 +55,14 @@ def register(module: ModuleType) -> None:
     module.ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
 
 
-def install(module: nn.Module) -> None:
-    """Give the instance, and only it, a forward over the ranks: other models may share its class and its config."""
+def install(module: nn.Module, loop: bool = False, wide: bool = False) -> None:
+    """Give the instance, and only it, a forward over the ranks: other models may share its class and its config.
+
+    ``loop``: of `exchange`.  ``wide``: the family computes its experts in float32 whatever the model's dtype, which is followed
+    where `Site.exact`.
+    """
     names = list(inspect.signature(module.forward).parameters)[:3]
-    module._epops_arguments = tuple(names)
+    module._epops_arguments, module._epops_loop, module._epops_wide = tuple(names), loop, wide
     module.forward = types.MethodType(forward, module)
 
 
@@ -69,9 +73,9 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     x, topk_idx, topk_weights = args + tuple(kwargs[name] for name in self._epops_arguments[len(args) :])
 
     def compute(rows: Rows) -> Tensor:
-        return run(self, site.group, rows)
+        return run(self, site.group, rows, wide=self._epops_wide and site.exact)
 
-    return exchange(site, x, unskipped(site, topk_idx), topk_weights, compute)
+    return exchange(site, x, unskipped(site, topk_idx), topk_weights, compute, loop=self._epops_loop)
 
 
 def unskipped(site: Site, topk_idx: Tensor) -> Tensor:
@@ -79,15 +83,15 @@ def unskipped(site: Site, topk_idx: Tensor) -> Tensor:
     return torch.where(topk_idx == site.num_experts, -1, topk_idx)
 
 
-def run(self: nn.Module, group: Any, rows: Rows) -> Tensor:
-    """Up, gate, down on rows grouped by expert."""
+def run(self: nn.Module, group: Any, rows: Rows, wide: bool = False) -> Tensor:
+    """Up, gate, down on rows grouped by expert; ``wide``: in float32."""
     up, down = projections(self)
-    h = _project(self, rows, rows.x, up)
+    h = _project(self, rows, rows.x, up, wide)
     if self.has_gate:
         h = self._apply_gate(h)
     else:
         h = _activation(self, group, h)
-    y = _project(self, rows, h, down)
+    y = _project(self, rows, h, down, wide)
     if self.has_post_expert_norm:
         y = call_replicated(self.post_expert_norm, group, _only_valid(rows, y))
     return y
@@ -103,7 +107,7 @@ def _only_valid(rows: Rows, y: Tensor) -> Tensor:
     return torch.where((rows.expert >= 0)[:, None], y, 0)
 
 
-def _project(self: nn.Module, rows: Rows, x: Tensor, name: str) -> Tensor:
+def _project(self: nn.Module, rows: Rows, x: Tensor, name: str, wide: bool) -> Tensor:
     weight = getattr(self, name)
     bias_of = getattr(self, f"{name}_bias", None) if self.has_bias else None
     quantized = getattr(self, name + FP8_SCALE, None)
@@ -114,6 +118,8 @@ def _project(self: nn.Module, rows: Rows, x: Tensor, name: str) -> Tensor:
         weight = dequantize(
             weight, scale, getattr(self, "block_size", None), x.dtype, where=f"{type(self).__name__}.{name}"
         )
+    if wide:
+        x, weight, bias_of = x.float(), weight.float(), None if bias_of is None else bias_of.float()
     return linear(rows, x, weight, bias_of, transposed=self.is_transposed)
 
 

@@ -15,14 +15,14 @@ from .adapter import NotUnderstoodError, Plan, refuse, registered
 from .generate import synchronize_generate
 from .gradients import remember
 from .shard import owner, shard_in_place
-from .site import ATTRIBUTE, Site, serving, site_of, sites
+from .site import ATTRIBUTE, Site, facts_of, serving, site_of, sites
 from .survey import found
 
 GRAD_REDUCE = ("mean", "sum")
 CHECKED = "_epops_fsdp_checked"
 
 
-def parallelize(model: nn.Module, group: Any, *, grad_reduce: str = "mean") -> nn.Module:
+def parallelize(model: nn.Module, group: Any, *, grad_reduce: str = "mean", exact: bool | None = None) -> nn.Module:
     """Shard the routed experts of ``model`` over the ranks of ``group``, in place, and return the model.
 
     Every rank calls it with the same model (the same weights, or the meta device) and keeps its own E / R experts;
@@ -33,6 +33,10 @@ def parallelize(model: nn.Module, group: Any, *, grad_reduce: str = "mean") -> n
         group: the `epops.ExpertGroup` (or its name).
         grad_reduce: "mean": expert gradients are those of the loss averaged over ranks, as they are for parameters whose
             gradients DDP or FSDP average; "sum": those of the sum.
+        exact: True rounds in bf16 and fp16 as the one-process model does: rows times router weights in the dtype in which the
+            model multiplies them, and their sum over ranks in float32, which the wire then carries. False multiplies in
+            float32 and sends a rank's share of the sum in the model's dtype: half the bytes, and as near to the true value.
+            None: True on CPU ranks, False on GPUs. Without effect in float32. Equal on all ranks.
 
     Raises:
         NotUnderstoodError: no routed experts, or experts that no adapter understands; says what was found.
@@ -43,13 +47,15 @@ def parallelize(model: nn.Module, group: Any, *, grad_reduce: str = "mean") -> n
         raise ValueError(
             f"epops.parallelize: model: expected an nn.Module, got {type(model).__name__}; pass the model itself"
         )
+    if not (exact is None or isinstance(exact, bool)):
+        raise ValueError(f"epops.parallelize: exact: expected True, False or None, got {exact!r}")
     if grad_reduce not in GRAD_REDUCE:
         raise ValueError(f"epops.parallelize: grad_reduce: expected one of {GRAD_REDUCE}, got {grad_reduce!r}")
     already = sites(model)
     if already:
         raise ValueError(f"epops.parallelize: model: {next(iter(already))!r} is sharded already; call it once a model")
     plans = _plan(model)
-    _shard(model, plans, group, grad_reduce)
+    _shard(model, plans, group, grad_reduce, exact)
     model.register_forward_pre_hook(_refuse_fsdp_over_experts)
     synchronize_generate(model, group)
     return model
@@ -87,12 +93,12 @@ def _covers(done: str, path: str) -> bool:
     return done == "" or path == done or path.startswith(f"{done}.")
 
 
-def _shard(model: nn.Module, plans: dict[str, Plan], group: Any, grad_reduce: str) -> None:
+def _shard(model: nn.Module, plans: dict[str, Plan], group: Any, grad_reduce: str, exact: bool | None) -> None:
     done: dict[int, Any] = {}
     for name, plan in plans.items():
         module = model.get_submodule(name)
         slots = layout.num_slots_for(plan.num_experts, group.size)
-        facts = f"{plan.num_experts} {slots} {group.size} {grad_reduce}"
+        facts = facts_of(plan.num_experts, slots, group, grad_reduce, exact)
         site = Site(name, facts, serving(group), plan.shards, plan.names)
         module.__dict__[ATTRIBUTE] = site
         shard_in_place(module, group.rank, done)

@@ -68,7 +68,8 @@ class Site:
 
     name: str
     facts: str
-    """E, L, R and "mean" or "sum".  A str, because Dynamo makes graph inputs of ints that it finds in objects if dynamic."""
+    """E, L, R, "mean" or "sum", "exact" or "fast" (`facts_of`).  A str, because Dynamo makes graph inputs of ints that it finds in
+    objects if dynamic."""
     serving: Serving
     shards: dict[str, Shard] = dataclasses.field(default_factory=dict)
     """Names of parameters and buffers, relative to the module, that hold this rank's experts."""
@@ -97,7 +98,18 @@ class Site:
     @property
     def scale(self) -> float:
         """What the gradient of a loss averaged over ranks is divided by, on its way through the experts."""
-        return float(self.ep_size) if self.facts.endswith("mean") else 1.0
+        return float(self.ep_size) if self.facts.split()[3] == "mean" else 1.0
+
+    @property
+    def exact(self) -> bool:
+        """Round as the one-process model does, at the price of a wider wire."""
+        return self.facts.split()[4] == "exact"
+
+
+def facts_of(num_experts: int, num_slots: int, group: Any, grad_reduce: str, exact: bool | None = None) -> str:
+    """`Site.facts`; ``exact=None`` is what suits the group's device: on CPU ranks the wire is not what takes the time."""
+    exact = group.device.type == "cpu" if exact is None else exact
+    return f"{num_experts} {num_slots} {group.size} {grad_reduce} {'exact' if exact else 'fast'}"
 
 
 def site_of(module: nn.Module) -> Site | None:

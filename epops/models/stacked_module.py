@@ -73,7 +73,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, rows: fx.Node, expert: nn.Module, w
         with graph.inserting_before(node):
             weight = graph.get_attr(f"{node.target}.weight")
             offset = graph.get_attr(f"{node.target}.bias") if module.bias is not None else None
-            grouped = graph.call_function(linear, (rows, node.args[0], weight, offset))
+            grouped = graph.call_function(linear, (rows, node.args[0], weight, offset), {"fused": True})
         node.replace_all_uses_with(grouped)
         graph.erase_node(node)
     elif node.op == "get_attr":
@@ -122,7 +122,9 @@ def _rewrite_product(
     offset = user.args[2] if len(user.args) > 2 else user.kwargs.get("bias")
     with graph.inserting_before(user):
         flat = weight if weight is not None else operand
-        grouped = graph.call_function(linear, (rows, user.args[0], flat, offset), {"transposed": transposed})
+        grouped = graph.call_function(
+            linear, (rows, user.args[0], flat, offset), {"transposed": transposed, "fused": True}
+        )
     user.replace_all_uses_with(grouped)
     graph.erase_node(user)
 
@@ -211,6 +213,11 @@ class StackedExperts:
         if len(kinds) > 1 or any(shape != shapes[0] for shape in shapes):
             found = [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]][:2]
             raise refuse(where, f"expected experts of one class and shape, got {sorted(kinds)} with parameters {found}")
+        parameters = [p for module in modules for p in module.parameters()]
+        if len({id(p) for p in parameters}) < len(parameters):
+            raise refuse(
+                where, f"expected experts with parameters of their own, got {kinds.pop()} modules that share some"
+            )
         if any(True for _ in modules[0].buffers()):
             raise refuse(where, f"the expert {type(modules[0]).__name__} has buffers, which cannot be stacked")
         self.graph = trace(modules[0], where)

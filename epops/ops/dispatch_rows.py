@@ -61,6 +61,7 @@ def send(
         a["alignment"],
         a["capacity"],
         a["lane"],
+        a.get("grad_scale") or 1.0,
     )
     found = {words.STATUS_BAD_INDEX: choice.num_bad, words.STATUS_DUPLICATE: choice.num_repeated}
     sent = Sent(

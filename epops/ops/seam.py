@@ -48,17 +48,20 @@ def _has_kernel(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     return rows.device.type == "cuda" and rows.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
 
 
-def _grouped_mm(rows: torch.Tensor, weight: torch.Tensor, expert_ends: torch.Tensor) -> torch.Tensor:
-    fakes.check_grouped_mm("grouped_mm", rows, weight, expert_ends)
+def _grouped_mm(
+    rows: torch.Tensor, weight: torch.Tensor, expert_ends: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    fakes.check_grouped_mm("grouped_mm", rows, weight, expert_ends, bias)
     if rows.device.type == "cpu":
-        return reference.grouped_mm(rows, weight, expert_ends)
+        return reference.grouped_mm(rows, weight, expert_ends, bias)
     # Every expert runs over all rows and keeps its own: no count is read on the host, at L times the arithmetic.
     expert = torch.searchsorted(
         expert_ends, torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32), right=True
     )
     out = rows.new_zeros(rows.shape[0], weight.shape[2])
     for slot in range(weight.shape[0]):
-        out = torch.where((expert == slot).unsqueeze(1), rows @ weight[slot], out)
+        product = rows @ weight[slot] if bias is None else torch.addmm(bias[slot], rows, weight[slot])
+        out = torch.where((expert == slot).unsqueeze(1), product, out)
     return out
 
 
@@ -76,18 +79,21 @@ def _grouped_mm_backward_weight(grad: torch.Tensor, rows: torch.Tensor, expert_e
 
 
 def _setup_mm(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:3])
 
 
 def _backward_mm(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     rows, weight, expert_ends = ctx.saved_tensors
     grad = grad.contiguous()
-    grad_rows = grad_weight = None
+    grad_rows = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_rows = torch.ops.epops.grouped_mm.default(grad, weight.transpose(1, 2), expert_ends)
     if ctx.needs_input_grad[1]:
         grad_weight = torch.ops.epops.grouped_mm_backward_weight.default(grad, rows, expert_ends)
-    return grad_rows, grad_weight, None
+    if any(ctx.needs_input_grad[3:]):
+        ones = grad.new_ones(grad.shape[0], 1)
+        grad_bias = torch.ops.epops.grouped_mm_backward_weight.default(grad, ones, expert_ends).squeeze(1)
+    return (grad_rows, grad_weight, None, grad_bias)[: len(ctx.needs_input_grad)]
 
 
 bind("grouped_mm", _grouped_mm, fakes.grouped_mm)

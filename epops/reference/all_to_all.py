@@ -77,14 +77,22 @@ def reverse_plan(plan: torch.Tensor, ep_size: int) -> torch.Tensor:
     return torch.cat([swapped, received, received_at, sent, sent_at])
 
 
-def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, expert_ends: torch.Tensor) -> torch.Tensor:
-    """(C, out): rows of expert e, those from the end of e - 1 to ``expert_ends[e]``, times ``weight[e]``; other rows zero."""
+def grouped_mm(
+    rows: torch.Tensor, weight: torch.Tensor, expert_ends: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(C, out): rows of expert e, those from the end of e - 1 to ``expert_ends[e]``, times ``weight[e]``; other rows zero.
+
+    ``bias`` (L, out) is added to an expert's rows, alignment gaps among them, before the result is rounded.
+    """
     out = rows.new_zeros(rows.shape[0], weight.shape[2])
     start = 0
     for expert, end in enumerate(expert_ends.tolist()):
         end = min(end, rows.shape[0])
         if end > start:
-            torch.mm(rows[start:end], weight[expert], out=out[start:end])
+            if bias is None:
+                torch.mm(rows[start:end], weight[expert], out=out[start:end])
+            else:
+                torch.addmm(bias[expert], rows[start:end], weight[expert], out=out[start:end])
             start = end
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,8 @@ OPCODES = (
     "all_reduce",
     "gather_tokens",
 )
+
+WITH_SIZES = ("all_to_all", "plan_all_to_all")
 
 COMPARED = (
     (2, "op"),
@@ -54,20 +57,23 @@ class Call(NamedTuple):
     alignment: int = 0
     capacity: int = 0
     lane: int = 0
+    grad_scale: float = 1.0
+    """Travels in the place of ``sizes``, so that host transports compare it, of ops that have no sizes."""
 
     def words(self) -> list[int]:
         """What ranks compare, as the header has it from word 2 on."""
-        return [OPCODES.index(self.op), *self[1:]]
+        return [OPCODES.index(self.op), *self[1:-1]]
 
     def header(
         self, sequence: int, bits: int, counts: list[int], sizes: list[tuple[int, int]] | None = None
     ) -> torch.Tensor:
         """(R, `HEADER_WORDS`) int64, a row a destination.
 
-        Words: 0 magic · 1 sequence · 2 op · 3 … 11 settings · 12 rows that follow · 13 status bits · 14, 15 ``sizes``.
+        Words: 0 magic · 1 sequence · 2 op · 3 … 11 settings · 12 rows that follow · 13 status bits · 14, 15 ``sizes``, or the
+        bits of ``grad_scale`` as float64.
         """
         fixed = [HEADER_MAGIC, sequence, *self.words()]
-        pairs = sizes or [(0, 0)] * len(counts)
+        pairs = sizes or [(struct.unpack("<q", struct.pack("<d", self.grad_scale))[0], 0)] * len(counts)
         return torch.tensor(
             [[*fixed, n, bits, *pair] for n, pair in zip(counts, pairs, strict=True)], dtype=torch.int64
         )
@@ -83,6 +89,9 @@ def differences(mine: list[int], theirs: list[int]) -> str | None:
             if name == "op":
                 return f"op: expected {OPCODES[expected]} as here, got {_opcode(got)} there"
             return f"{name}: expected {expected} as here, got {got} there"
+    if _opcode(mine[2]) not in WITH_SIZES and mine[14] != theirs[14]:
+        expected, got = (struct.unpack("<d", struct.pack("<q", words[14]))[0] for words in (mine, theirs))
+        return f"grad_scale: expected {expected:g} as here, got {got:g} there (is it grad_reduce of epops.parallelize?)"
     return None
 
 
@@ -91,7 +100,7 @@ def describe(word: int, mine: list[int], theirs: list[int]) -> tuple[str, str, s
     if word == 0:
         return "op", _opcode(mine[word]), _opcode(theirs[word])
     name = {place - 2: name for place, name in COMPARED}.get(word, "x, the bytes for each rank")
-    if name == "bytes a row" and _opcode(mine[0]) in ("all_to_all", "plan_all_to_all"):
+    if name == "bytes a row" and _opcode(mine[0]) in WITH_SIZES:
         name = "x, the bytes for each rank"  # these have no rows of one width: a part is one
     return name, str(mine[word]), str(theirs[word])
 

@@ -58,6 +58,42 @@ def test_outputs_and_gradients(family: str) -> None:
     assert_equal_within_limits(run_ranks(_gradients, 2, family, torch.float32, timeout=300.0))
 
 
+ROUNDING = {
+    "mixtral": "float32 router weights, summed in float32",
+    "phimoe": "router weights in bf16",
+    "step3p7": "a loop that rounds each expert's rows",
+    "nllb_moe": "biases inside nn.Linear",
+    "jetmoe": "experts in the attention",
+    "doge": "a matmul over a token's neurons",
+    "openai_privacy_filter": "experts in float32",
+}
+"""Family → what its experts round, and where."""
+
+
+def _bfloat16(rank: int, size: int, family: str, exact: bool) -> dict[str, Any]:
+    import epops
+
+    sharded = epops.parallelize
+    epops.parallelize = lambda model, group: sharded(model, group, exact=exact)
+    try:
+        return check.gradients(family, torch.bfloat16)
+    finally:
+        epops.parallelize = sharded
+
+
+@pytest.mark.parametrize("family", ROUNDING)
+def test_bfloat16_is_rounded_where_the_one_process_model_rounds(family: str) -> None:
+    for found in run_ranks(_bfloat16, 2, family, True, timeout=300.0):
+        assert found["flips"] == 0
+        assert found["error"] < 1.5e-2, f"{found['worst']} differs by {found['error']:.1e}"
+
+
+def test_bfloat16_over_a_narrow_wire_is_within_its_noise() -> None:
+    results = run_ranks(_bfloat16, 2, "phimoe", False, timeout=300.0)
+    assert_equal_within_limits(results)
+    assert max(found["error"] for found in results) > 1.5e-2, "exact=False was not heard"
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "dbrx"])
 def test_experts_that_ranks_do_not_divide(family: str) -> None:
     assert_equal_within_limits(run_ranks(_gradients, 4, family, torch.float32, timeout=300.0))

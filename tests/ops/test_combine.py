@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import epops
 from tests import inputs
@@ -120,6 +121,20 @@ def seam_ops(rank: int, size: int) -> None:
 @pytest.mark.parametrize("size", (1, 3))
 def test_all_reduce_and_gather_tokens_and_their_gradients(size: int) -> None:
     run_ranks(seam_ops, size)
+
+
+def test_grouped_mm_adds_a_bias_before_it_rounds() -> None:
+    torch.manual_seed(0)
+    ends = torch.tensor([3, 3, 8], dtype=torch.int32)
+    rows, weight, bias = (torch.randn(*shape).bfloat16().requires_grad_() for shape in ((9, 16), (3, 16, 5), (3, 5)))
+    out = torch.ops.epops.grouped_mm.default(rows, weight, ends, bias)
+    parts = [F.linear(rows[a:b], weight[e].t(), bias[e]) for e, (a, b) in enumerate(((0, 3), (3, 3), (3, 8)))]
+    assert torch.equal(out, torch.cat([*parts, torch.zeros(1, 5)]).bfloat16())
+    grads = torch.autograd.grad(out.float().pow(2).sum(), [rows, weight, bias])
+    expected = torch.autograd.grad(sum(part.float().pow(2).sum() for part in parts), [rows, weight, bias])
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+    with pytest.raises(ValueError, match="epops.grouped_mm: bias: expected torch.bfloat16 \\(3, 5\\), a row an expert"):
+        torch.ops.epops.grouped_mm.default(rows, weight, ends, bias.float())
 
 
 def test_grouped_mm_is_a_matmul_for_each_expert() -> None:

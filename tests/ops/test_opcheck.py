@@ -107,7 +107,15 @@ def samples(layout: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "all_to_all": ((x, splits, splits, None), a2a),
         "all_to_all_start": ((x.detach(), splits, None, None), a2a),
         "all_to_all_wait": ((ops.all_to_all_start(x, splits, None, None, **a2a), x, splits, None, None), a2a),
-        "grouped_mm": ((inputs.rows(5, 16, 3).requires_grad_(), torch.randn(3, 16, 4, requires_grad=True), ends), {}),
+        "grouped_mm": (
+            (
+                inputs.rows(5, 16, 3).requires_grad_(),
+                torch.randn(3, 16, 4, requires_grad=True),
+                ends,
+                torch.randn(3, 4, requires_grad=True),
+            ),
+            {},
+        ),
         "grouped_mm_backward_weight": ((torch.randn(5, 4), inputs.rows(5, 16, 3), ends), {}),
         "scaled_grouped_mm": (
             (

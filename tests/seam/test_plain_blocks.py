@@ -17,7 +17,7 @@ from ..ranks import run_ranks
 from . import plain_models as plain
 from .compare import close
 
-LOOPS = [plain.OneHotLoop, plain.EnumerateLoop, plain.StackedInterleaved]
+LOOPS = [plain.OneHotLoop, plain.EnumerateLoop, plain.MethodLoop, plain.StackedInterleaved]
 UNDERSTOOD = [*LOOPS, plain.Direct, plain.Titan, plain.TitanAfter]
 
 
@@ -84,6 +84,10 @@ def test_refused_blocks_say_what_was_found() -> None:
         _alone(_model(plain.Capacity))
     with pytest.raises(NotUnderstoodError, match=r"blocks\.0: .*LayerNorm with 2 parameters"):
         _alone(_model(plain.Stateful))
+    with pytest.raises(
+        NotUnderstoodError, match=r"blocks\.0: .*parameters of their own, got MLP modules that share some"
+    ):
+        _alone(_model(plain.Shared))
     with pytest.raises(NotUnderstoodError, match=r"no routed experts in Sequential"):
         _alone(nn.Sequential(nn.Linear(2, 2)))
 
@@ -107,6 +111,8 @@ def test_sharding_twice_and_wrong_arguments() -> None:
     with epops.ExpertGroup(None, max_tokens=8) as group:
         with pytest.raises(ValueError, match="grad_reduce"):
             epops.parallelize(model, group, grad_reduce="max")
+        with pytest.raises(ValueError, match="exact: expected True, False or None, got 'yes'"):
+            epops.parallelize(model, group, exact="yes")
         epops.parallelize(model, group)
         with pytest.raises(ValueError, match=r"blocks\.0.* is sharded already"):
             epops.parallelize(model, group)

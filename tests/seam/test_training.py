@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,21 @@ def _check_sum(rank: int, size: int) -> None:
 
 def test_sum_reduction_leaves_out_the_division() -> None:
     run_ranks(_check_sum, 2)
+
+
+def _check_unequal(rank: int, size: int, settings: list[dict[str, Any]], said: str) -> None:
+    batch = zoo.inputs("mixtral", zoo.tiny("mixtral"), seed=rank)
+    with epops.ExpertGroup(None, max_tokens=64, timeout=30) as group:
+        model = epops.parallelize(zoo.tiny("mixtral", dtype=torch.bfloat16), group, **settings[rank])
+        with pytest.raises(epops.DisagreementError, match=said):
+            model(**batch)
+
+
+def test_unequal_settings_of_parallelize_are_told_at_the_first_forward() -> None:
+    reduce: list[dict[str, Any]] = [{"grad_reduce": "mean"}, {"grad_reduce": "sum"}]
+    run_ranks(_check_unequal, 2, reduce, r"epops\.dispatch.*grad_scale: expected .*grad_reduce of epops\.parallelize")
+    rounding: list[dict[str, Any]] = [{"exact": True}, {"exact": False}]
+    run_ranks(_check_unequal, 2, rounding, r"epops\.combine.*bytes a row: expected")
 
 
 def _check_token_mask(rank: int, size: int) -> None:

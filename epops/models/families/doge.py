@@ -35,13 +35,16 @@ def route(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def forward(self: nn.Module, hidden_states: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+    here = site(self)
     weights, experts, logits = route(self, hidden_states.reshape(-1, hidden_states.shape[-1]))
 
     def compute(rows: Rows) -> Tensor:
         down, up = bias(rows, self.down_embed.weight), bias(rows, self.up_embed.weight)
         neuron = (rows.x.float() * down.float()).sum(dim=-1, keepdim=True).to(rows.x.dtype)
-        return self.act_fn(neuron) * up
+        share = self.act_fn(neuron) * rows.weights[:, None].to(weights.dtype)
+        # The original sums over a token's neurons in a matmul, which rounds the sum and not its terms.
+        return share.float() * up.float() if here.exact else share * up
 
     shared = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-    routed = exchange(site(self), hidden_states, experts, weights, compute)
+    routed = exchange(here, hidden_states, experts, weights, compute, weight_on="rows")
     return shared + torch.reshape(routed, shared.shape), logits

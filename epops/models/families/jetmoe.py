@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Plan
@@ -52,7 +53,7 @@ def mlp_forward(self: nn.Module, layer_input: Tensor) -> Tensor:
         gate, up = linear(rows, rows.x, self.input_linear.weight).chunk(2, dim=-1)
         return linear(rows, self.activation(gate) * up, self.output_linear.weight)
 
-    return exchange(site(self), layer_input, experts, weights, compute) + self.bias
+    return exchange(site(self), layer_input, experts, weights, compute, loop=True) + self.bias
 
 
 def _place(rows: Rows, top_k: int) -> Tensor:
@@ -83,12 +84,15 @@ def attention_reduce(self: nn.Module, layer_input: Tensor, topo_info: tuple[Tens
     """Each expert's output projection of its own attention result, weighted and summed over a token's experts."""
     batch, length, top_k, width = layer_input.shape
     experts, weights = topo_info
-    # The projection is linear, so that the weight may as well multiply what goes into it.
-    x = (layer_input.reshape(-1, top_k, width) * weights[:, :, None]).flatten(1)
+    # Weights travel as columns of the row, for in their own place travels which selection a row is.
+    columns = F.pad(weights.to(layer_input.dtype), (0, -top_k % 8))
+    x = torch.cat([layer_input.reshape(-1, top_k * width), columns], dim=1)
 
     def compute(rows: Rows) -> Tensor:
-        mine = (rows.x.view(-1, top_k, width) * _place(rows, top_k)[:, :, None]).sum(dim=1)
-        return linear(rows, mine, self.output_linear.weight)
+        place = _place(rows, top_k)
+        mine = (rows.x[:, : top_k * width].unflatten(1, (top_k, width)) * place[:, :, None]).sum(dim=1)
+        weight = (rows.x[:, top_k * width :][:, :top_k] * place).sum(dim=1, keepdim=True)
+        return linear(rows, mine, self.output_linear.weight) * weight
 
     y = exchange(site(self), x, experts, _places(experts), compute, weight_on="rows")
     return y.view(batch, length, self.input_size) + self.bias

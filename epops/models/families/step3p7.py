@@ -18,4 +18,4 @@ class Step3p7(Family):
 
 def install(module: nn.Module) -> None:
     module.has_gate, module.has_bias, module.has_post_expert_norm, module.is_transposed = True, False, False, False
-    interface.install(module)
+    interface.install(module, loop=True)

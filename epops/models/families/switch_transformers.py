@@ -29,4 +29,5 @@ class SwitchTransformers(Family):
 def forward(self: nn.Module, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
     """``selected_experts`` (T, 1, E): one 1 at the token's expert, or zeros where the token was dropped."""
     chosen, expert = selected_experts.max(dim=-1)
-    return exchange(site(self), hidden_states, torch.where(chosen > 0, expert, -1), routing_weights, self.stacked)
+    selected = torch.where(chosen > 0, expert, -1)
+    return exchange(site(self), hidden_states, selected, routing_weights, self.stacked, loop=True)

@@ -27,7 +27,7 @@ class ModuleExperts:
 
 
 class ModuleLoop(Adapter):
-    """A ModuleList (or ModuleDict) of expert MLPs, walked in the forward of the module that holds it."""
+    """A ModuleList (or ModuleDict) of expert MLPs, walked in the forward of its module, or in a method that it calls."""
 
     guesses = True
 
@@ -107,9 +107,9 @@ def _read(module: nn.Module, name: str, loop: Loop, readings: list[Any]) -> Read
 
         set_method(probed, ROUTED, routed)
         replaced = loop.replaced(reading.x, reading.idx, reading.weights)
-        if proved(probed, loop.function, replaced, x):
+        if proved(probed, loop.forward(loop.function), loop.forward(replaced), x):
             return reading
-    where = f"{type(module).__name__}.forward with its loop over experts (line {loop.line})"
+    where = f"{type(module).__name__}.{loop.method} with its loop over experts (line {loop.line})"
     if tried is None:
         raise refuse(name, f"{where} fills {loop.out!r} by no sum of weighted experts that was tried")
     raise refuse(name, f"{where} read as a sum over ({tried.x}, {tried.idx}, {tried.weights}) differs from what it is")
@@ -124,7 +124,8 @@ def _install(module: nn.Module, loop: Loop, reading: Reading, compute_of: Callab
         site = site_of(module)
         assert site is not None
         weights = idx.new_ones(idx.shape, dtype=x.dtype) if weights is None else weights
-        return _added(out, exchange(site, x.reshape(-1, x.shape[-1]), idx, weights, compute_of(module)))
+        loop = not isinstance(out, Tensor) or out.dtype == x.dtype
+        return _added(out, exchange(site, x.reshape(-1, x.shape[-1]), idx, weights, compute_of(module), loop=loop))
 
     set_method(module, ROUTED, routed)
-    set_method(module, "forward", loop.replaced(reading.x, reading.idx, reading.weights))
+    set_method(module, loop.method, loop.replaced(reading.x, reading.idx, reading.weights))

@@ -1,4 +1,4 @@
-"""The loop over experts in a block's forward, found in its source and cut out of it.
+"""The loop over experts in a block's forward, or in a method that it calls, found in the source and cut out of it.
 
 What the loop adds up is ``out[t] += w[t, k] * expert[idx[t, k]](x[t])`` in some spelling. The source says where the loop is
 and which variable it fills; which variables are x, idx and w is found by trying (`search`).
@@ -16,16 +16,22 @@ from typing import Any
 
 from torch import nn
 
+from ..site import set_method
+
 CAPTURE, ROUTED = "__epops_capture__", "_epops_routed"
 METHODS_INTO = ("index_add_", "scatter_add_", "index_put_", "index_copy_")
 METHODS_FROM = ("index_add", "scatter_add", "index_put", "index_copy")
 
 
-class Loop:
-    """A forward with one loop over experts, as functions of the module and the forward's arguments."""
+class _Reached(Exception):
+    """Carries what a method saw out of the forward that called it."""
 
-    def __init__(self, function: Any, tree: ast.FunctionDef, loop: ast.For, out: str) -> None:
-        self.function, self.tree, self.loop, self.out = function, tree, loop, out
+
+class Loop:
+    """A method with one loop over experts, "forward" or one that forward calls, as functions of the module and its arguments."""
+
+    def __init__(self, method: str, function: Any, tree: ast.FunctionDef, loop: ast.For, out: str) -> None:
+        self.method, self.function, self.tree, self.loop, self.out = method, function, tree, loop, out
 
     @property
     def line(self) -> int:
@@ -33,15 +39,44 @@ class Loop:
         return self.function.__code__.co_firstlineno + self.loop.lineno - 1
 
     def before(self) -> Callable[..., dict[str, Any]]:
-        """Runs up to the loop; returns the variables that are known there."""
-        return self._build([_statement(f"return {CAPTURE}(locals())")], {CAPTURE: dict})
+        """(module, x) → the variables that are known before the loop, of the block on ``x``."""
+        return self._reaching([])
 
     def after(self) -> Callable[..., dict[str, Any]]:
-        """Runs through the loop; returns the variables that are known after it."""
-        return self._build([self.loop, _statement(f"return {CAPTURE}(locals())")], {CAPTURE: dict})
+        """(module, x) → the variables that are known after the loop."""
+        return self._reaching([self.loop])
+
+    def _reaching(self, statements: list[ast.stmt]) -> Callable[..., dict[str, Any]]:
+        def reach(found: dict[str, Any]) -> None:
+            raise _Reached(dict(found))
+
+        run = self.forward(self._build([*statements, _statement(f"{CAPTURE}(locals())")], {CAPTURE: reach}))
+
+        def call(module: nn.Module, x: Any) -> dict[str, Any]:
+            try:
+                run(module, x)
+            except _Reached as reached:
+                return reached.args[0]
+            raise ValueError(f"{self.method} was not called")
+
+        return call
+
+    def forward(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The block's forward with ``function`` in the place of the method, for a while."""
+        if self.method == "forward":
+            return function
+
+        def call(module: nn.Module, *args: Any) -> Any:
+            set_method(module, self.method, function)
+            try:
+                return inspect.unwrap(type(module).forward)(module, *args)
+            finally:
+                delattr(module, self.method)
+
+        return call
 
     def replaced(self, x: str, idx: str, weights: str | None) -> Callable[..., Any]:
-        """The forward with ``out = self._epops_routed(out, x, idx, weights)`` in the place of the loop.
+        """The method with ``out = self._epops_routed(out, x, idx, weights)`` in the place of the loop.
 
         A method of the instance, since Dynamo looks for globals in the module that the code was written in.
         """
@@ -62,8 +97,22 @@ class Loop:
 
 
 def find(module: nn.Module, holder: str) -> Loop | None:
-    """The loop of ``module``'s forward that reads ``self.<holder>``, or None where there is not exactly one such loop."""
-    function = inspect.unwrap(type(module).forward)
+    """The loop that reads ``self.<holder>`` in ``module``'s forward or in a method that it calls; None if not just one does."""
+    found = []
+    methods = ["forward"]
+    for method in methods:
+        read = _source(module, method)
+        if read is not None:
+            function, tree = read
+            methods += [name for name in _called(tree) if name not in methods]
+            loop = _find_in(method, function, tree, holder)
+            found += [] if loop is None else [loop]
+    return found[0] if len(found) == 1 else None
+
+
+def _source(module: nn.Module, method: str) -> tuple[types.FunctionType, ast.FunctionDef] | None:
+    function = inspect.getattr_static(type(module), method, None)
+    function = inspect.unwrap(function) if callable(function) else None
     if not isinstance(function, types.FunctionType) or function.__closure__:
         return None
     try:
@@ -73,13 +122,24 @@ def find(module: nn.Module, holder: str) -> Loop | None:
     if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
         return None
     tree.decorator_list = []
+    return function, tree
+
+
+def _called(tree: ast.FunctionDef) -> list[str]:
+    """Names of what a method calls on its own object."""
+    calls = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    owner = tree.args.args[0].arg
+    return [call.attr for call in calls if isinstance(call.value, ast.Name) and call.value.id == owner]
+
+
+def _find_in(method: str, function: types.FunctionType, tree: ast.FunctionDef, holder: str) -> Loop | None:
     owner = tree.args.args[0].arg
     loops = [n for n in ast.walk(tree) if isinstance(n, ast.For) and _reads(n, owner, holder)]
     outermost = [n for n in loops if not any(n is not m and n in ast.walk(m) for m in loops)]
     if len(outermost) != 1:
         return None
     written = _filled(outermost[0])
-    return Loop(function, tree, outermost[0], written) if written else None
+    return Loop(method, function, tree, outermost[0], written) if written else None
 
 
 def _reads(node: ast.AST, owner: str, attribute: str) -> bool:
