@@ -82,7 +82,8 @@ SCALE_FORMATS = ("float32", "ue8m0", "float32_pow2")
 SCALE_MATHS = ("divide", "multiply", "reciprocal", "divide_log2", "multiply_log2", "reciprocal_exact")
 """How float32 scales s (or their inverses r) and rows q come from a = max |x| of a block, and top, the largest fp8 value.
 
-``divide``: s = a / top, q = x / s.  ``multiply``: s = a / top, q = x * (1 / s).  ``reciprocal``: r = (1 / a) * top, which is
+``divide``: s = a / top, q = x / s.  ``multiply``: s = a / top, q = x * (1 / s).  Here a / top is what torch computes on the device:
+a correctly rounded quotient on CPU, the product with the float32 1 / top on CUDA.  ``reciprocal``: r = (1 / a) * top, which is
 how torch computes ``top / a`` for a tensor a; q = x * r, s = 1 / r.  ``reciprocal_exact``: the same with r = top / a rounded once
 (what float64 arithmetic rounded to float32 gives).  ``divide_log2`` and ``multiply_log2``: powers of two are 2 ** ceil(log2(s)) in
 float32, which near a power of two is not what rounding up the bits gives, the rule of the others.

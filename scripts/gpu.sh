@@ -3,7 +3,7 @@
 #   build       the extension, in place
 #   virtual     many ranks on one GPU, against the reference
 #   ranks       one process a GPU: transport, graphs, timeouts, FSDP2 beside exchanges
-#   models      decoding in CUDA graphs, fp8 products, rows between grouped products
+#   models      decoding in CUDA graphs, fp8 products, rows between grouped products, fused quantizers
 #   nccl        the c10d transport on nccl, against gloo
 #   sanitize    compute-sanitizer memcheck and racecheck over a small set of the virtual ranks
 #   overlap     an MoE layer with and without the overlap pass
@@ -33,7 +33,7 @@ for name in "$@"; do
     build) stage build 180 env EPOPS_BUILD_CUDA=1 NVCC_APPEND_FLAGS="${NVCC_FLAGS:-}" python3 setup.py --quiet egg_info build_ext --inplace ;;
     virtual) stage virtual 240 $PYTEST --maxfail ${MAXFAIL:-5} --timeout 60 tests/gpu/test_virtual_ranks.py tests/gpu/test_virtual_all_to_all.py ${TESTS:+-k "$TESTS"} ;;
     ranks) stage ranks 300 $PYTEST --maxfail 4 --timeout 100 tests/gpu/test_nvlink.py tests/gpu/test_nvlink_all_to_all.py tests/gpu/test_fsdp.py ${TESTS:+-k "$TESTS"} ;;
-    models) stage models 400 $PYTEST --timeout 120 tests/gpu/test_decode.py tests/gpu/test_scaled_grouped_mm.py tests/gpu/test_row_kernel.py ${TESTS:+-k "$TESTS"} ;;
+    models) stage models 400 $PYTEST --timeout 120 tests/gpu/test_decode.py tests/gpu/test_scaled_grouped_mm.py tests/gpu/test_row_kernel.py tests/gpu/test_fuse_quant.py ${TESTS:+-k "$TESTS"} ;;
     sanitize)
       for tool in memcheck racecheck; do
         stage "$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 \

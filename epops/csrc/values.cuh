@@ -116,28 +116,37 @@ struct Raw8<float> {
   }
 };
 
-// One block's scale from its largest magnitude, and what values are multiplied by. `quotient` is exact division where
-// the quantizer divides: a correctly rounded reciprocal and one correction give the correctly rounded quotient.
+// How quotients are computed: as products with the inverse; by a correctly rounded reciprocal and one correction, which
+// give the correctly rounded quotient; or the same of numbers so small that the correction would underflow, made larger
+// first.
+enum Way : int { kByProduct, kByQuotient, kWidened };
+
+constexpr float kWider = 0x1p100f;
+
+// One block's scale from its largest magnitude, and what values are multiplied by.
 struct Scale {
   float value, inverse;
-  int divide;
+  Way way;
 };
 
-// a / b correctly rounded, from the correctly rounded reciprocal of b (Markstein); away from underflow.
+// a / b correctly rounded, from the correctly rounded reciprocal of b (Markstein); away from underflow. -0 / b is -0:
+// so what is left over is subtracted the way round that makes it -0 too.
 __device__ __forceinline__ float divide(float a, float b, float reciprocal) {
   const float guess = __fmul_rn(a, reciprocal);
-  return __fmaf_rn(__fmaf_rn(-guess, b, a), reciprocal, guess);
+  const float over = __fmaf_rn(guess, b, -a);
+  return __fmaf_rn(-over, reciprocal, guess);
 }
 
 __device__ __forceinline__ Scale make_scale(float amax, const Quant& q) {
   if (!q.eps_on_scale) amax = max_nan(amax, q.eps);
   Scale s;
-  s.divide = q.math == kDivide;
+  s.way = q.math == kDivide ? kByQuotient : kByProduct;
   if (q.math == kReciprocal || q.math == kReciprocalExact) {
     s.inverse = q.math == kReciprocal ? __fmul_rn(__frcp_rn(amax), q.top) : __fdiv_rn(q.top, amax);
     s.value = __frcp_rn(s.inverse);
   } else {
-    s.value = amax > 1e-25f ? divide(amax, q.top, __frcp_rn(q.top)) : __fdiv_rn(amax, q.top);
+    // What torch computes on CUDA where a tensor is divided by a number.
+    s.value = __fmul_rn(amax, __frcp_rn(q.top));
     s.inverse = 0.f;
   }
   if (q.eps_on_scale) s.value = max_nan(s.value, q.eps);
@@ -152,27 +161,42 @@ __device__ __forceinline__ Scale make_scale(float amax, const Quant& q) {
   return s;
 }
 
-template <bool kDivides>
-__device__ __forceinline__ float quotient(float x, const Scale& s) {
-  // The cast saturates, which is the clamp.
-  return kDivides ? divide(x, s.value, s.inverse) : __fmul_rn(x, s.inverse);
+// What `divide` is not right for: a scale of hardly more than zeros, without an eps; and infinity, 0 and NaN, by which
+// dividing is multiplying by the reciprocal.
+__device__ __forceinline__ void choose_way(Scale& s) {
+  if (s.way != kByQuotient || (s.value > 0x1p-80f && s.value <= 0x1p120f)) return;
+  if (!(s.value > 0.f && s.value < 1.f)) {
+    s.way = kByProduct;
+    return;
+  }
+  s.way = kWidened;
+  s.value = __fmul_rn(s.value, kWider);
+  s.inverse = __frcp_rn(s.value);
 }
 
-template <bool kDivides, __nv_fp8_interpretation_t kKind>
+template <Way kWay>
+__device__ __forceinline__ float quotient(float x, const Scale& s) {
+  // The cast saturates, which is the clamp.
+  if (kWay == kByProduct) return __fmul_rn(x, s.inverse);
+  if (kWay == kByQuotient) return divide(x, s.value, s.inverse);
+  return divide(__fmul_rn(x, kWider), s.value, s.inverse);
+}
+
+template <Way kWay, __nv_fp8_interpretation_t kKind>
 __device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d, const Scale& s) {
-  const float2 first = make_float2(quotient<kDivides>(a, s), quotient<kDivides>(b, s));
-  const float2 last = make_float2(quotient<kDivides>(c, s), quotient<kDivides>(d, s));
+  const float2 first = make_float2(quotient<kWay>(a, s), quotient<kWay>(b, s));
+  const float2 last = make_float2(quotient<kWay>(c, s), quotient<kWay>(d, s));
   const uint32_t low = __nv_cvt_float2_to_fp8x2(first, __NV_SATFINITE, kKind);
   const uint32_t high = __nv_cvt_float2_to_fp8x2(last, __NV_SATFINITE, kKind);
   return low | high << 16;
 }
 
-template <bool kDivides, __nv_fp8_interpretation_t kKind>
+template <Way kWay, __nv_fp8_interpretation_t kKind>
 __device__ __forceinline__ uint4 pack_fp8(const Eight& a, const Eight& b, const Scale& s) {
-  return make_uint4(pack_fp8<kDivides, kKind>(a.v[0], a.v[1], a.v[2], a.v[3], s),
-                    pack_fp8<kDivides, kKind>(a.v[4], a.v[5], a.v[6], a.v[7], s),
-                    pack_fp8<kDivides, kKind>(b.v[0], b.v[1], b.v[2], b.v[3], s),
-                    pack_fp8<kDivides, kKind>(b.v[4], b.v[5], b.v[6], b.v[7], s));
+  return make_uint4(pack_fp8<kWay, kKind>(a.v[0], a.v[1], a.v[2], a.v[3], s),
+                    pack_fp8<kWay, kKind>(a.v[4], a.v[5], a.v[6], a.v[7], s),
+                    pack_fp8<kWay, kKind>(b.v[0], b.v[1], b.v[2], b.v[3], s),
+                    pack_fp8<kWay, kKind>(b.v[4], b.v[5], b.v[6], b.v[7], s));
 }
 
 // Sixteen channels a lane. `load` and `finish` are apart so that several loads are in flight before the first is used.
@@ -198,12 +222,16 @@ struct QuantLane {
       top = amax();
       for (int step = q.block / 32; step > 0; step >>= 1) top = max_nan(top, __shfl_xor_sync(~0u, top, step));
     }
-    const Scale s = make_scale(top, q);
+    Scale s = make_scale(top, q);
     *scale = s.value;
+    choose_way(s);
     const Eight a = raw[0].floats(), b = raw[1].floats();
     // One branch a step, and the usual case first: a choice a number would cost as much as the numbers.
-    if (!q.e5m2) return s.divide ? pack_fp8<true, __NV_E4M3>(a, b, s) : pack_fp8<false, __NV_E4M3>(a, b, s);
-    return s.divide ? pack_fp8<true, __NV_E5M2>(a, b, s) : pack_fp8<false, __NV_E5M2>(a, b, s);
+    if (s.way == kWidened)
+      return q.e5m2 ? pack_fp8<kWidened, __NV_E5M2>(a, b, s) : pack_fp8<kWidened, __NV_E4M3>(a, b, s);
+    const bool divides = s.way == kByQuotient;
+    if (!q.e5m2) return divides ? pack_fp8<kByQuotient, __NV_E4M3>(a, b, s) : pack_fp8<kByProduct, __NV_E4M3>(a, b, s);
+    return divides ? pack_fp8<kByQuotient, __NV_E5M2>(a, b, s) : pack_fp8<kByProduct, __NV_E5M2>(a, b, s);
   }
 };
 

@@ -250,13 +250,16 @@ def _require_alone(known: set[Node], *nodes: Node) -> None:
 
 
 def _require_kernel(found: Quantizer, rows: torch.Tensor) -> None:
-    """The CUDA kernels have `QUANT_BLOCKS`; they round scales by their bits, not by log2, and send rows of whole 16 bytes."""
+    """The CUDA kernels have `QUANT_BLOCKS`; they round scales by their bits, not by log2, send rows of whole 16 bytes, and have no
+    infinities of float8_e5m2."""
     if rows.device.type != "cuda":
         return
     if found.block not in QUANT_BLOCKS or rows.shape[-1] % 16 or found.scale_math.endswith("_log2"):
         raise Unknown(
             f"the CUDA kernels have no {found.scale_math} with blocks of {found.block} in rows of {rows.shape[-1]}"
         )
+    if found.quant_dtype == torch.float8_e5m2 and not found.clamp:
+        raise Unknown("the CUDA kernels clamp, and what overflows float8_e5m2 without is infinite")
 
 
 def _require_unwritten(first: Node, last: Node) -> None:

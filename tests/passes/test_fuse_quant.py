@@ -6,6 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 from expecttest import TestCase
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import epops
 from epops.passes.fuse_quant import fuse_quant
@@ -238,6 +241,44 @@ def test_a_write_in_between_is_not_crossed():
     with graph.after.graph.inserting_before(cast):
         graph.after.graph.call_function(torch.ops.aten.zero_.default, (taken,))
     assert fuse_quant(graph.after.graph) == 0
+
+
+def on_cuda(quantizer):
+    """The graph of `after` for a GPU, on fake tensors."""
+    with FakeTensorMode():
+        given = {name: torch.empty_like(item, device="cuda") for name, item in rows().items()}
+        module = make_fx(after(quantizer), decomposition_table=select_decomp_table())(given)
+    module.graph.eliminate_dead_code()
+    return module.graph
+
+
+def by_a_tensor_of_the_device(x):
+    """A quotient on CUDA, where division by a number is multiplication by its reciprocal."""
+    scale = x.float().abs().amax(-1, keepdim=True) / torch.full((1,), quantizers.TOP, device=x.device)
+    return (x.float() / scale).clamp(-quantizers.TOP, quantizers.TOP).to(quantizers.FP8), scale
+
+
+def overflowing_e5m2(x):
+    scale = x.float().abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e5m2).max
+    return (x.float() / scale).to(torch.float8_e5m2), scale
+
+
+@pytest.mark.parametrize(
+    "quantizer, count",
+    [
+        (quantizers.per_token, 1),
+        (quantizers.blocks_of_128, 1),
+        (quantizers.blocks_of_128_powers_of_two, 1),
+        (quantizers.log2_of_a_minimum, 0),
+        (by_a_tensor_of_the_device, 0),
+        (overflowing_e5m2, 0),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_on_cuda_what_the_kernels_have(quantizer, count):
+    graph = on_cuda(quantizer)
+    assert fuse_quant(graph) == count
+    assert fuse_quant(graph) == 0
 
 
 def test_dynamic_token_count():
