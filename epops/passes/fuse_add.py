@@ -38,6 +38,7 @@ def fuse_add(graph: Graph) -> int:
     """**Rewrite**::
 
         out = combine(y, route); z = a * out + b * other  -> z = combine(y, route, addend=other, out_scale=a, addend_scale=b)
+        z = addcmul(combine(y, route), gate, other)       -> z = combine(y, route, addend=gate * other)
         combine(rows * weights.unsqueeze(-1), route)   -> combine(rows, route, row_weights=weights)
 
     **Requires** of the addition: nobody else sees ``out`` or what it passes through on the way (reshapes, dtype
