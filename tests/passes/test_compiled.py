@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
@@ -141,6 +142,7 @@ NO_QUANTIZERS = (
 )
 
 
+@pytest.mark.slow
 def test_what_looks_like_a_quantizer_is_left_alone():
     def program(quantizer):
         def quantized(given):
