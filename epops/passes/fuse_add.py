@@ -38,6 +38,7 @@ def fuse_add(graph: Graph) -> int:
     """**Rewrite**::
 
         out = combine(y, route); z = a * out + b * other  -> z = combine(y, route, addend=other, out_scale=a, addend_scale=b)
+        z = addcmul(combine(y, route), gate, other)       -> z = combine(y, route, addend=gate * other)
         combine(rows * weights.unsqueeze(-1), route)   -> combine(rows, route, row_weights=weights)
 
     **Requires** of the addition: nobody else sees ``out`` or what it passes through on the way (reshapes, dtype
@@ -72,6 +73,7 @@ class Sum(NamedTuple):
     factors: list[float]
     other_scale: float
     between: list[Node]  # casts and scalars on the way from the combine
+    written_out: tuple[Node, Node] | None = None  # an addcmul, and the sum that now stands for it
 
 
 def _fold_addition(graph: Graph, combine: Node, joint: bool) -> int:
@@ -87,7 +89,13 @@ def _fold_addition(graph: Graph, combine: Node, joint: bool) -> int:
         reason = f"it is computed again in the backward, and {found.add.name} is not: its addend would have to be kept for that"
     if reason:
         declined(RULE, combine, reason)
+        if found.written_out is not None:
+            node, result = found.written_out
+            result.replace_all_uses_with(node)
+            erase_unused([result])
         return 0
+    if found.written_out is not None:
+        graph.erase_node(found.written_out[0])
     other, other_scale = _strip_scalar(found.other, found.other_scale, tensor(outs[0]).dtype)
     other = _strip_widening(other)
     moved = closure_after(combine, other)
@@ -133,6 +141,8 @@ def _find_sum(combine: Node, out: Node) -> Sum | None:
             return None
         if additions and not _adds_zero(user, current):
             return _read_sum(user, out, current, factors, between)
+        if user.target is aten.addcmul.default and user.args[0] is current:
+            return _write_out(user, out, current, factors, between)
         factor = _scalar_factor(user, current)
         if additions:
             pass
@@ -142,6 +152,30 @@ def _find_sum(combine: Node, out: Node) -> Sum | None:
             return None
         between.append(user)
         current = user
+
+
+def _write_out(node: Node, out: Node, operand: Node, factors: list[float], between: list[Node]) -> Sum | None:
+    """The sum that ``addcmul(operand, a, b)`` is, beside it, with a product that is rounded as little."""
+    graph, value = node.graph, node.kwargs.get("value", 1)
+    total = tensor(node)
+    if total is None or total.dtype not in FLOATS or not isinstance(value, (int, float)):
+        return None
+    with graph.inserting_before(node):
+        factors_of = [
+            item
+            if tensor(item).dtype == torch.float32
+            else call(graph, prims.convert_element_type.default, (item, torch.float32), like=node)
+            for item in node.args[1:3]
+        ]
+        product = call(graph, aten.mul.Tensor, factors_of, like=node)
+        add = call(graph, aten.add.Tensor, (operand, product), {"alpha": value} if value != 1 else {}, like=node)
+        result = add
+        if total.dtype != torch.float32:
+            result = call(graph, prims.convert_element_type.default, (add, total.dtype), like=node)
+    node.replace_all_uses_with(result)
+    found = _read_sum(add, out, operand, factors, between)
+    assert found is not None, "it is an addition of a tensor"
+    return found._replace(written_out=(node, result))
 
 
 def _adds_zero(add: Node, operand: Node) -> bool:

@@ -108,10 +108,10 @@ def whole_block(x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> li
 
 def bits(found: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
     """Bytes of the valid ones of fp8 rows or of their scales; a NaN is any NaN."""
-    found = found[expert >= 0].cpu()
+    found, there = found.cpu().contiguous(), (expert >= 0).cpu()
     if found.dtype == torch.float32:
-        return torch.where(found.isnan(), torch.nan, found).contiguous().view(torch.int32)
-    found = found.contiguous().view(torch.uint8)
+        return torch.where(found.isnan(), torch.nan, found).view(torch.int32)[there]
+    found = found.view(torch.uint8)[there]
     return torch.where(found & 0x7F == 0x7F, 0x7F, found) if found.shape[1] == HIDDEN else found
 
 

@@ -173,6 +173,17 @@ def other_spellings():
         out += given["x"]
         return out
 
+    def addcmul(given):
+        return torch.addcmul(blocks.routed(given), given["x"], given["x"][:, :1].sigmoid(), value=-0.5)
+
+    def addcmul_in_bfloat16(given):
+        narrow = {name: item.bfloat16() if name in ("x", "experts") else item for name, item in given.items()}
+        return torch.addcmul(blocks.routed(narrow), narrow["x"], narrow["x"].sigmoid())
+
+    def addcmul_widened_and_back(given):
+        narrow = {name: item.bfloat16() if name in ("x", "experts") else item for name, item in given.items()}
+        return torch.addcmul(blocks.routed(narrow).float(), given["x"], given["x"]).bfloat16()
+
     def weights_of_einsum(given):
         y, sent = blocks.experts(given)
         return blocks.combine(torch.einsum("ch,c->ch", y, sent.row_weights), sent, given, weigh=False)
@@ -193,6 +204,9 @@ def other_spellings():
         in_the_order_of_a_chain: 1,
         true_divide: 1,
         in_place: 1,
+        addcmul: 1,
+        addcmul_in_bfloat16: 1,
+        addcmul_widened_and_back: 1,
         weights_of_einsum: 1,
         weights_expanded: 1,
         both: 2,
@@ -270,8 +284,26 @@ def near_misses():
         out = blocks.routed(given)
         return torch.where(out > 0, out, given["x"])
 
+    def addcmul_of_itself(given):
+        out = blocks.routed(given)
+        return torch.addcmul(out, out, given["x"])
+
+    def addcmul_inexact(given):
+        return torch.addcmul(blocks.routed(given) * (1 / 3) * (1 / 3), given["x"], given["x"])
+
+    def addcmul_broadcast(given):
+        return torch.addcmul(blocks.routed(given), given["x"][:, :1], given["x"][:1, :1])
+
+    def addcmul_wider(given):
+        narrow = {name: item.bfloat16() if name in ("x", "experts") else item for name, item in given.items()}
+        return torch.addcmul(blocks.routed(narrow).float(), given["x"], given["x"])
+
     return {
         divided_by_three: None,
+        addcmul_of_itself: None,
+        addcmul_inexact: "not exact",
+        addcmul_broadcast: "broadcasts",
+        addcmul_wider: "wider than",
         rounded_on_the_way: "rounds it to",
         of_another_width: "broadcasts",
         transposed_before: None,
