@@ -177,27 +177,41 @@ __device__ __forceinline__ void choose_way(Scale& s) {
 
 template <Way kWay>
 __device__ __forceinline__ float quotient(float x, const Scale& s) {
-  // The cast saturates, which is the clamp.
   if (kWay == kByProduct) return __fmul_rn(x, s.inverse);
   if (kWay == kByQuotient) return divide(x, s.value, s.inverse);
   return divide(__fmul_rn(x, kWider), s.value, s.inverse);
 }
 
+// Two numbers that have been cast with saturation, as the cast without it has them: e4m3 has NaN for what is too large,
+// e5m2 infinity.
+template <__nv_fp8_interpretation_t kKind>
+__device__ __forceinline__ uint32_t unsaturated(uint32_t pair, float2 from) {
+  constexpr float kLargest = kKind == __NV_E4M3 ? 464.f : 61439.996f;  // that is rounded to a number
+  constexpr uint32_t kBeyond = kKind == __NV_E4M3 ? 0x7f : 0x7c;
+  if (fabsf(from.x) > kLargest) pair = (pair & ~0x7fu) | kBeyond;
+  if (fabsf(from.y) > kLargest) pair = (pair & ~0x7f00u) | kBeyond << 8;
+  return pair;
+}
+
 template <Way kWay, __nv_fp8_interpretation_t kKind>
-__device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d, const Scale& s) {
+__device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d, const Scale& s, bool saturate) {
   const float2 first = make_float2(quotient<kWay>(a, s), quotient<kWay>(b, s));
   const float2 last = make_float2(quotient<kWay>(c, s), quotient<kWay>(d, s));
-  const uint32_t low = __nv_cvt_float2_to_fp8x2(first, __NV_SATFINITE, kKind);
-  const uint32_t high = __nv_cvt_float2_to_fp8x2(last, __NV_SATFINITE, kKind);
+  uint32_t low = __nv_cvt_float2_to_fp8x2(first, __NV_SATFINITE, kKind);
+  uint32_t high = __nv_cvt_float2_to_fp8x2(last, __NV_SATFINITE, kKind);
+  if (!saturate) {
+    low = unsaturated<kKind>(low, first);
+    high = unsaturated<kKind>(high, last);
+  }
   return low | high << 16;
 }
 
 template <Way kWay, __nv_fp8_interpretation_t kKind>
-__device__ __forceinline__ uint4 pack_fp8(const Eight& a, const Eight& b, const Scale& s) {
-  return make_uint4(pack_fp8<kWay, kKind>(a.v[0], a.v[1], a.v[2], a.v[3], s),
-                    pack_fp8<kWay, kKind>(a.v[4], a.v[5], a.v[6], a.v[7], s),
-                    pack_fp8<kWay, kKind>(b.v[0], b.v[1], b.v[2], b.v[3], s),
-                    pack_fp8<kWay, kKind>(b.v[4], b.v[5], b.v[6], b.v[7], s));
+__device__ __forceinline__ uint4 pack_fp8(const Eight& a, const Eight& b, const Scale& s, bool saturate) {
+  return make_uint4(pack_fp8<kWay, kKind>(a.v[0], a.v[1], a.v[2], a.v[3], s, saturate),
+                    pack_fp8<kWay, kKind>(a.v[4], a.v[5], a.v[6], a.v[7], s, saturate),
+                    pack_fp8<kWay, kKind>(b.v[0], b.v[1], b.v[2], b.v[3], s, saturate),
+                    pack_fp8<kWay, kKind>(b.v[4], b.v[5], b.v[6], b.v[7], s, saturate));
 }
 
 // Sixteen channels a lane. `load` and `finish` are apart so that several loads are in flight before the first is used.
@@ -226,7 +240,7 @@ struct QuantLane {
       s.inverse = __frcp_rn(s.value);
       if (__all_sync(~0u, s.value > kLeastPlain && s.value <= kMostPlain)) {
         *scale = s.value;
-        return pack_fp8<kByQuotient, __NV_E4M3>(raw[0].floats(), raw[1].floats(), s);
+        return pack_fp8<kByQuotient, __NV_E4M3>(raw[0].floats(), raw[1].floats(), s, true);  // nothing is too large
       }
     }
     float top = row_amax;
@@ -238,12 +252,17 @@ struct QuantLane {
     *scale = s.value;
     choose_way(s);
     const Eight a = raw[0].floats(), b = raw[1].floats();
-    // One branch a step, and the usual case first: a choice a number would cost as much as the numbers.
-    if (s.way == kWidened)
-      return q.e5m2 ? pack_fp8<kWidened, __NV_E5M2>(a, b, s) : pack_fp8<kWidened, __NV_E4M3>(a, b, s);
-    const bool divides = s.way == kByQuotient;
-    if (!q.e5m2) return divides ? pack_fp8<kByQuotient, __NV_E4M3>(a, b, s) : pack_fp8<kByProduct, __NV_E4M3>(a, b, s);
-    return divides ? pack_fp8<kByQuotient, __NV_E5M2>(a, b, s) : pack_fp8<kByProduct, __NV_E5M2>(a, b, s);
+    // One branch a step: a choice a number would cost as much as the numbers. The cast saturates, which is the clamp.
+    const bool saturate = q.clamp != 0;
+    if (s.way == kWidened) {
+      return q.e5m2 ? pack_fp8<kWidened, __NV_E5M2>(a, b, s, saturate) : pack_fp8<kWidened, __NV_E4M3>(a, b, s, saturate);
+    }
+    if (s.way == kByQuotient) {
+      return q.e5m2 ? pack_fp8<kByQuotient, __NV_E5M2>(a, b, s, saturate)
+                    : pack_fp8<kByQuotient, __NV_E4M3>(a, b, s, saturate);
+    }
+    return q.e5m2 ? pack_fp8<kByProduct, __NV_E5M2>(a, b, s, saturate)
+                  : pack_fp8<kByProduct, __NV_E4M3>(a, b, s, saturate);
   }
 };
 

@@ -159,7 +159,9 @@ class Writer:
         terms = [f"{place} * {name}_{first + dim}" for dim, place in enumerate(columns.at) if place != 0]
         if any(isinstance(place, str) for place in columns.at):
             masks = [*masks, "in_columns", *columns.when]
-        mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
+        # 0.0 and not 0 for floats: Triton casts no int to fp8.
+        other = "0.0" if self.lines[name].dtype.is_floating_point else "0"
+        mask = f", mask={' & '.join(masks)}, other={other}" if masks else ""
         return self.assign(f"tl.load({' + '.join([name, start, *terms])}{mask})")
 
     def _full(self, line: Line, columns: Columns) -> str:
