@@ -255,9 +255,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #ifdef EPOPS_TRACE
   m.def("read_trace", [](const std::string& op) {
     std::vector<uint64_t> clocks(256 * 12);
-    const auto read = op == "dispatch"         ? read_dispatch_trace
-                      : op == "dispatch_kept"  ? read_dispatch_kept_trace
-                                               : read_combine_trace;
+    const auto read = op == "dispatch"        ? read_dispatch_trace
+                      : op == "dispatch_kept" ? read_dispatch_kept_trace
+                                              : read_combine_trace;
     check(read(clocks.data()), "read_trace");
     return clocks;
   });

@@ -42,11 +42,10 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* from, uint32
   if (threadIdx.x % 32 == 0) {
     const uint32_t barrier = shared_address(arrival.barrier);
     const auto ask = [&](void* to, const void* source, uint32_t num) {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              shared_address(to)),
-          "l"(source), "r"(num), "r"(barrier)
-          : "memory");
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                       shared_address(to)),
+                   "l"(source), "r"(num), "r"(barrier)
+                   : "memory");
     };
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes + more_bytes)
                  : "memory");

@@ -96,8 +96,8 @@ __device__ __forceinline__ void send_token(const DispatchParams& p, const Places
   const int rank = packed >= 0 ? packed & 0xff : -1;
   uint2 mine = make_uint2(kNoEntry, 0);
   if (packed >= 0) {
-    mine.x = static_cast<uint32_t>((packed >> 8) - rank * p.num_slots) << 20 |
-             static_cast<uint32_t>(s.position[at + lane]);
+    mine.x =
+        static_cast<uint32_t>((packed >> 8) - rank * p.num_slots) << 20 | static_cast<uint32_t>(s.position[at + lane]);
     mine.y = __float_as_uint(p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane]);
   }
   // Own entries carry the epoch and need no flag: [E].

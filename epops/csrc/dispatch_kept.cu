@@ -90,9 +90,9 @@ __device__ __forceinline__ int send_record(const DispatchParams& p, const Board&
     s.words[kFailed] = 1;
   }
   const uint32_t lanes = __ballot_sync(~0u, peer >= 0);
-  const uint64_t to = peer >= 0 ? reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token, p.max_tokens,
-                                                                    p.record_bytes))
-                                : 0;
+  const uint64_t to =
+      peer >= 0 ? reinterpret_cast<uint64_t>(record(p.ws, peer, op.parity, me, token, p.max_tokens, p.record_bytes))
+                : 0;
   if (lanes != 0) bulk_store(to, lanes, kept, p.record_bytes);
   bulk_commit();
   const uint32_t weight =
@@ -119,8 +119,7 @@ __device__ __forceinline__ void receive_theirs(const DispatchParams& p, const Bo
   float weight = 0.f;
   if (l.locals != 0) {
     uint32_t came = 1;
-    if (lane == 0 &&
-        !wait_word(p.ws, flag(p.ws, me, op.parity, source, token), op.epoch, source, kPhaseRows, &came)) {
+    if (lane == 0 && !wait_word(p.ws, flag(p.ws, me, op.parity, source, token), op.epoch, source, kPhaseRows, &came)) {
       came = 0;
       s.words[kFailed] = 1;
     }
@@ -130,8 +129,8 @@ __device__ __forceinline__ void receive_theirs(const DispatchParams& p, const Bo
     if (came != 0) {
       const bool copies = l.to_copy != 0;
       if (copies) {
-        bulk_load(stage.bytes, record(p.ws, me, op.parity, source, token, p.max_tokens, p.record_bytes),
-                  p.record_bytes, nullptr, nullptr, 0, stage.arrival);
+        bulk_load(stage.bytes, record(p.ws, me, op.parity, source, token, p.max_tokens, p.record_bytes), p.record_bytes,
+                  nullptr, nullptr, 0, stage.arrival);
       }
       if (lane < p.top_k) {
         weight = __uint_as_float(ld_no_allocate8(entries(p.ws, me, op.parity, source, token) + lane).y);

@@ -18,10 +18,10 @@ constexpr int kMaxTokens = 1 << 20;
 
 // One rank's memory, mapped by all peers, zero before the first op. The same offsets on every rank. Tagged areas
 // (headers, counts, flags, selections) hold 64-bit words {epoch, value}; they are never used for anything else, so that
-// what an earlier op left there cannot be taken for this op's. Everything but the control block and the data exists twice: op s uses copy s % 2. A rank that sees a word
-// of op s from a peer knows that the peer has finished op s - 1, so copy (s + 1) % 2 there is free to write. The data
-// area is one: even ops use its low end, odd ops its high end, and an op that overlaps the one before waits for a word
-// of its own from a peer before it stores rows there.
+// what an earlier op left there cannot be taken for this op's. Everything but the control block and the data exists
+// twice: op s uses copy s % 2. A rank that sees a word of op s from a peer knows that the peer has finished op s - 1,
+// so copy (s + 1) % 2 there is free to write. The data area is one: even ops use its low end, odd ops its high end, and
+// an op that overlaps the one before waits for a word of its own from a peer before it stores rows there.
 struct Workspace {
   uint64_t base[kMaxRanks];
   uint64_t counts_offset;      // [2][R][max_chunks(R)][max_slots + kCountWords] tagged

@@ -255,7 +255,8 @@ struct QuantLane {
     // One branch a step: a choice a number would cost as much as the numbers. The cast saturates, which is the clamp.
     const bool saturate = q.clamp != 0;
     if (s.way == kWidened) {
-      return q.e5m2 ? pack_fp8<kWidened, __NV_E5M2>(a, b, s, saturate) : pack_fp8<kWidened, __NV_E4M3>(a, b, s, saturate);
+      return q.e5m2 ? pack_fp8<kWidened, __NV_E5M2>(a, b, s, saturate)
+                    : pack_fp8<kWidened, __NV_E4M3>(a, b, s, saturate);
     }
     if (s.way == kByQuotient) {
       return q.e5m2 ? pack_fp8<kByQuotient, __NV_E5M2>(a, b, s, saturate)

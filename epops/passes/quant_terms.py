@@ -244,7 +244,9 @@ def _with_number(word: str, term: Term, item: Any, dtype: torch.dtype) -> Term |
         return None
     divisor = tensor(item) if word == "div" else None
     if divisor is not None and divisor.device.type != "cpu":
-        return None  # a quotient in eager torch on CUDA; by a number it is the product with its reciprocal, in the op too
+        return (
+            None  # a quotient in eager torch on CUDA; by a number it is the product with its reciprocal, in the op too
+        )
     if word == "mul" and number == 1.0:
         return term
     if word == "min" and number == math.inf:
