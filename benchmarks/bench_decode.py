@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import faulthandler
 import gc
 import json
 import os
@@ -76,6 +77,8 @@ class Options(NamedTuple):
     command: str
     folder: str
     """Where a process of one contender leaves its figures, and finds what the first one wrote; else empty."""
+    limit: float
+    """Seconds that a process of one contender has; shortly before their end it says where it stands."""
 
 
 class Figures(NamedTuple):
@@ -281,6 +284,9 @@ Row = tuple[str, str, Figures | str]
 def work(place: Place, options: Options) -> bool:
     """Every contender of ``options`` in this process, each rank's part of it."""
     torch.manual_seed(0)
+    if options.folder:
+        stacks = open(Path(options.folder) / f"stacks{place.rank}.txt", "w")  # noqa: SIM115, open until the process ends
+        faulthandler.dump_traceback_later(max(1.0, options.limit - 15.0), file=stacks)
     with process_group(place):
         whole = build(options, torch.device(place.device))
         known: list[First] = []
@@ -295,6 +301,7 @@ def work(place: Place, options: Options) -> bool:
                     write(found, place.size, place.device, options)  # a run that is cut short keeps what it has
                 dist.barrier()
         if options.folder:
+            faulthandler.cancel_dump_traceback_later()
             # NCCL's end of a communicator waits for the graphs that hold its exchanges: this process has nothing else to end.
             sys.stdout.flush()
             sys.stderr.flush()
@@ -315,12 +322,26 @@ def apart(options: Options, ranks: int, kind: str, limit: float, arguments: list
         for name in options.contenders:
             for how in options.hows:
                 began = time.perf_counter()
-                asked = [*arguments, "--ranks", str(ranks), "--contenders", name, "--how", how, "--into", folder]
+                asked = [
+                    *arguments,
+                    "--ranks",
+                    str(ranks),
+                    "--contenders",
+                    name,
+                    "--how",
+                    how,
+                    "--into",
+                    folder,
+                    "--limit",
+                    str(limit),
+                ]
                 child = subprocess.Popen([sys.executable, __file__, *asked], start_new_session=True)
                 try:
                     said = f"its processes ended with {child.wait(limit)}"
                 except subprocess.TimeoutExpired:
                     said = f"no answer in {limit:.0f} s"
+                    for stacks in sorted(Path(folder).glob("stacks*.txt")):
+                        print(f"{name}, {how}, {stacks.stem}:\n{stacks.read_text()}", file=sys.stderr, flush=True)
                 finally:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(child.pid, signal.SIGKILL)
@@ -454,7 +475,7 @@ def main() -> None:
     count, kind = choose(started, chosen.ranks, chosen.device, "bench_decode")
     hows = tuple(chosen.how or (HOWS if kind == "cuda" else HOWS[:2]))
     settings = (chosen.model, chosen.config, chosen.batch, chosen.steps, chosen.length, chosen.dtype, hows)
-    last = (chosen.profile, chosen.out, " ".join(["python", *sys.argv]), chosen.into)
+    last = (chosen.profile, chosen.out, " ".join(["python", *sys.argv]), chosen.into, chosen.limit)
     options = Options(*settings, tuple(chosen.contenders), *last)
     if started is not None:
         good = join_torchrun(work, options, kind)

@@ -272,6 +272,7 @@ TRACE_POINTS = {
     "dispatch": "start, after earlier kernels, group state, counted, placed, told, sent, counts came, frame, rows, end",
     "dispatch_kept": "start, after earlier kernels, group state, made, selections came, told, frame, rows, end",
     "combine": "start, after earlier kernels, group state, sent, told, -, rows, end",
+    "combine_kept": "start, earlier kernels done, group read, answer made, own summed, sent, answer came, added, ended",
 }
 
 

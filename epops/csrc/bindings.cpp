@@ -52,6 +52,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("max_dims") = kMaxDims;
   m.attr("all_to_all_threads") = kAllToAllThreads;
   m.attr("count_words") = kCountWords;
+  m.attr("error_words") = kErrorWords;
   m.def("max_chunks", &max_chunks);
 
   py::class_<Workspace> ws(m, "Workspace");
@@ -167,7 +168,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("hidden", &CombineParams::hidden)
       .def_readwrite("rank_layout", &CombineParams::rank_layout)
       .def_readwrite("record_bytes", &CombineParams::record_bytes)
-      .def_readwrite("call_hash", &CombineParams::call_hash);
+      .def_readwrite("call_hash", &CombineParams::call_hash)
+      .def("kept_shared_bytes", &combine_kept_shared_bytes);
   address(c, "y", &CombineParams::y);
   address(c, "row_weights", &CombineParams::row_weights);
   address(c, "grad_row_weights", &CombineParams::grad_row_weights);
@@ -244,7 +246,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     check(launch(p, reinterpret_cast<void*>(stream)), "dispatch");
   });
   m.def("launch_combine", [](const CombineParams& p, uintptr_t stream) {
-    check(launch_combine(p, reinterpret_cast<void*>(stream)), "combine");
+    const auto launch = p.launch.rows_as == kKept ? launch_combine_kept : launch_combine;
+    check(launch(p, reinterpret_cast<void*>(stream)), "combine");
   });
   m.def("launch_scatter", [](const ScatterParams& p, uintptr_t stream) {
     check(launch_scatter(p, reinterpret_cast<void*>(stream)), "combine_backward");
@@ -257,6 +260,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     std::vector<uint64_t> clocks(256 * 12);
     const auto read = op == "dispatch"        ? read_dispatch_trace
                       : op == "dispatch_kept" ? read_dispatch_kept_trace
+                      : op == "combine_kept"  ? read_combine_kept_trace
                                               : read_combine_trace;
     check(read(clocks.data()), "read_trace");
     return clocks;

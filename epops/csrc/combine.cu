@@ -6,126 +6,12 @@
 // as their flags come; the scale, the addend and the cast are part of that pass. Gradients of routing weights may
 // travel beside the answers.
 #include "launch.cuh"
-#include "route.cuh"
-#include "team.cuh"
-#include "values.cuh"
+#include "sums.cuh"
 
 namespace epops {
 namespace {
 
-constexpr int kRowsAhead = 4;  // rows of a token in one step
-constexpr int kStages = 3;     // steps on their way to shared memory, a warp
-constexpr int kStageBytes = kRowsAhead * 1024;
-constexpr int kWarpBytes = kStages * kStageBytes;
-
-// Rows of one token here: lane i holds the i-th row, in the order of k, and its weight.
-struct TokenRows {
-  int row;
-  float weight;
-  int num;
-};
-
-__device__ __forceinline__ TokenRows token_rows(const CombineParams& p, int row_of_selection) {
-  const int lane = threadIdx.x % 32;
-  uint32_t valid = __ballot_sync(~0u, row_of_selection >= 0);
-  if (p.rank_layout) valid &= -valid;  // one row, whatever K is
-  TokenRows rows{-1, 1.f, __popc(valid)};
-#pragma unroll 1
-  for (int i = 0; valid != 0; ++i, valid &= valid - 1) {
-    const int row = __shfl_sync(~0u, row_of_selection, __ffs(valid) - 1);
-    if (lane == i) rows.row = row;
-  }
-  if (p.row_weights != nullptr && rows.row >= 0) rows.weight = p.row_weights[rows.row];
-  return rows;
-}
-
-// Sums a token's rows piece by piece, a piece being 256 channels a warp, kSteps of them at once. Rows come through
-// shared memory, kStages - 1 steps ahead, so that enough bytes are on their way whatever the registers hold. A step is
-// up to kRowsAhead rows of one piece. A lane reads only what it asked for itself.
-template <class In, int kSteps>
-struct RowSums {
-  const CombineParams& p;
-  const TokenRows& rows;
-  uint8_t* ring;                          // this warp's, kWarpBytes
-  int first, stride, batches, num_steps;  // first channel of the lane; channels from piece to piece
-
-  __device__ __forceinline__ RowSums(const CombineParams& p, const TokenRows& rows, const Team& t, uint8_t* ring)
-      : p(p), rows(rows), ring(ring) {
-    static_assert(kSteps * 8 * sizeof(In) <= 32, "a row of a step has 1024 bytes in the ring");
-    first = t.part * 256 + static_cast<int>(threadIdx.x % 32) * 8;
-    stride = t.parts * 256;
-    batches = (rows.num + kRowsAhead - 1) / kRowsAhead;
-    const int begin = t.part * 256;
-    const int pieces = begin < p.hidden ? (p.hidden - begin + kSteps * stride - 1) / (kSteps * stride) : 0;
-    num_steps = pieces * batches;
-#pragma unroll
-    for (int step = 0; step < kStages - 1; ++step) ask(step);
-  }
-  __device__ __forceinline__ uint8_t* place(int step, int r, int i) const {
-    return ring + step % kStages * kStageBytes + r * 1024 + i * 512 * static_cast<int>(sizeof(In) / 2) +
-           threadIdx.x % 32 * 8 * sizeof(In);
-  }
-  __device__ __forceinline__ void ask(int step) const {
-    if (step < num_steps) {
-      const int piece = step / batches, row0 = step % batches * kRowsAhead;
-#pragma unroll
-      for (int r = 0; r < kRowsAhead; ++r) {
-        if (row0 + r >= rows.num) break;
-        const int64_t row = __shfl_sync(~0u, rows.row, row0 + r);
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-          const int channel = first + (piece * kSteps + i) * stride;
-          if (channel >= p.hidden) continue;
-          const uint8_t* from = static_cast<const uint8_t*>(p.y) + (row * p.hidden + channel) * sizeof(In);
-          cp_async_16(place(step, r, i), from);
-          if constexpr (sizeof(In) == 4) cp_async_16(place(step, r, i) + 16, from + 16);
-        }
-      }
-    }
-    cp_async_commit();
-  }
-  // sums[i]: channels [first + (piece * kSteps + i) * stride, + 8). Pieces must be taken in order. Products and sums
-  // are rounded one by one, as the reference's are.
-  __device__ __forceinline__ void piece(int number, Eight (&sums)[kSteps]) const {
-    const bool weighted = p.row_weights != nullptr;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-#pragma unroll
-      for (int c = 0; c < 8; ++c) sums[i].v[c] = 0.f;
-    }
-#pragma unroll 1
-    for (int batch = 0; batch < batches; ++batch) {
-      const int step = number * batches + batch;
-      ask(step + kStages - 1);
-      cp_async_wait<kStages - 1>();
-#pragma unroll
-      for (int r = 0; r < kRowsAhead; ++r) {
-        if (batch * kRowsAhead + r >= rows.num) break;
-        const float weight = __shfl_sync(~0u, rows.weight, batch * kRowsAhead + r);
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-          Raw8<In> raw;
-          raw.load(place(step, r, i));
-          const Eight values = raw.floats();
-#pragma unroll
-          for (int c = 0; c < 8; ++c) {
-            sums[i].v[c] = __fadd_rn(sums[i].v[c], weighted ? __fmul_rn(values.v[c], weight) : values.v[c]);
-          }
-        }
-      }
-    }
-  }
-};
-
-__device__ __forceinline__ float weight_gradient(const CombineParams& p, int row, int k) {
-  if (row < 0) return 0.f;
-  return p.grad_row_weights[p.rank_layout ? static_cast<int64_t>(row) * p.top_k + k : row];
-}
-
-template <class In, class Out>
-constexpr int steps_of() {
-  return sizeof(In) == 4 || sizeof(Out) == 4 ? 1 : 2;
-}
+using Ring = RingOf<4, 3>;
 
 template <class In, class Out>
 __device__ __forceinline__ void send_token(const CombineParams& p, const Op& op, const Team& t, const Route& route,
@@ -135,7 +21,8 @@ __device__ __forceinline__ void send_token(const CombineParams& p, const Op& op,
   const int row = route.row(peer, token, lane);
   if (__ballot_sync(~0u, row != -1) == 0) return;  // not a token of ours
   const TokenRows rows = token_rows(p, row);
-  const RowSums<In, kSteps> sums(p, rows, t, ring);
+  RowSums<In, kSteps, Ring> sums(p, t, ring);
+  sums.start(rows, no_rows());
   uint8_t* to = record(p.ws, peer, op.parity, p.ws.rank, token, p.max_tokens, p.record_bytes);
   if (p.grad_row_weights != nullptr && t.part == 0) {
     const uint32_t mine = lane < p.top_k ? __float_as_uint(weight_gradient(p, row, lane)) : 0;
@@ -146,7 +33,7 @@ __device__ __forceinline__ void send_token(const CombineParams& p, const Op& op,
 #pragma unroll 1
   for (int piece = 0; t.part * 256 + piece * kSteps * sums.stride < p.hidden; ++piece) {
     Eight values[kSteps];
-    sums.piece(piece, values);
+    sums.piece(sums.rows, values);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int channel = sums.first + (piece * kSteps + i) * sums.stride;
@@ -195,122 +82,25 @@ template <class In, class Out>
 __device__ __forceinline__ void receive_token(const CombineParams& p, const Op& op, const Team& t, const Route& route,
                                               int token, uint8_t* ring, const uint8_t* gone, int* failed) {
   constexpr int kSteps = steps_of<In, Out>();
-  constexpr int kAnswers = 2;  // on their way at once
-  const int lane = threadIdx.x % 32, me = p.ws.rank;
-  const int own_row = route.row(me, token, lane);
+  const int lane = threadIdx.x % 32;
+  const int own_row = route.row(p.ws.rank, token, lane);
   const int rank = route.rank(token, lane);
   const TokenRows own = token_rows(p, own_row);
-  const RowSums<In, kSteps> sums(p, own, t, ring);  // on their way while the answers are waited for
-  int source;
-  const int num = distinct_ranks(rank, &source);
-  uint32_t unused;
-  if (source >= 0 && source != me &&
-      (gone[source] != 0 ||
-       !wait_word(p.ws, flag(p.ws, me, op.parity, source, token), op.epoch, source, kPhaseAnswers, &unused))) {
-    source = -1;  // an answer that does not come counts as zero
-    *failed = 1;
-  }
-  __syncwarp();  // what one lane acquired, the others may read
-  const uint64_t answer =
-      source >= 0 && source != me
-          ? reinterpret_cast<uint64_t>(record(p.ws, me, op.parity, source, token, p.max_tokens, p.record_bytes))
-          : 0;
+  RowSums<In, kSteps, Ring> sums(p, t, ring);
+  sums.start(own, no_rows());  // on their way while the answers are waited for
+  const Answers answers = await_answers(p, op, rank, token, gone, failed);
 #pragma unroll 1
   for (int piece = 0; t.part * 256 + piece * kSteps * sums.stride < p.hidden; ++piece) {
     const int channel = sums.first + piece * kSteps * sums.stride;
-    Raw8<Out> raw[kAnswers][kSteps];
-    const auto load_answers = [&](int first) {
-#pragma unroll
-      for (int r = 0; r < kAnswers; ++r) {
-        const uint64_t from = first + r < num ? __shfl_sync(~0u, answer, first + r) : 0;
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-          if (from != 0 && channel + i * sums.stride < p.hidden) {
-            raw[r][i].load_fresh(reinterpret_cast<const uint8_t*>(from) + (channel + i * sums.stride) * sizeof(Out));
-          } else {
-            raw[r][i].zero();
-          }
-        }
-      }
-    };
-    load_answers(0);
-    Raw8<Out> addend[kSteps];
-    if (p.addend != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        const int at = channel + i * sums.stride;
-        if (at < p.hidden)
-          addend[i].load(static_cast<const Out*>(p.addend) + static_cast<int64_t>(token) * p.hidden + at);
-      }
-    }
-    Raw8<Out> here[kSteps];
-    {
+    add_answers<Out, kSteps, true>(p, answers, token, channel, sums.stride, [&](Raw8<Out>(&here)[kSteps]) {
       Eight values[kSteps];
-      sums.piece(piece, values);
+      sums.piece(sums.rows, values);
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) here[i].set(values[i]);  // rounded as an answer is
-    }
-    Eight total[kSteps];
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-#pragma unroll
-      for (int c = 0; c < 8; ++c) total[i].v[c] = 0.f;
-    }
-#pragma unroll 1
-    for (int first = 0; first < num; first += kAnswers) {
-      if (first != 0) load_answers(first);
-#pragma unroll
-      for (int r = 0; r < kAnswers; ++r) {
-        if (first + r >= num) break;
-        const bool mine = __shfl_sync(~0u, source, first + r) == me;
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-          const Eight values = mine ? here[i].floats() : raw[r][i].floats();
-#pragma unroll
-          for (int c = 0; c < 8; ++c) total[i].v[c] = __fadd_rn(total[i].v[c], values.v[c]);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int at = channel + i * sums.stride;
-      if (at >= p.hidden) continue;
-      if (p.out_scale != 1.f) {
-#pragma unroll
-        for (int c = 0; c < 8; ++c) total[i].v[c] = __fmul_rn(total[i].v[c], p.out_scale);
-      }
-      if (p.addend != nullptr) {
-        const Eight extra = addend[i].floats();
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          const float value = p.addend_scale == 1.f ? extra.v[c] : __fmul_rn(extra.v[c], p.addend_scale);
-          total[i].v[c] = __fadd_rn(total[i].v[c], value);
-        }
-      }
-      Raw8<Out> out;
-      out.set(total[i]);
-      out.store(static_cast<Out*>(p.out) + static_cast<int64_t>(token) * p.hidden + at);
-    }
+      for (int i = 0; i < kSteps; ++i) here[i].set(values[i]);
+    });
   }
   cp_async_wait<0>();  // the ring is free for the next token
-  if (p.grad_row_weights != nullptr && t.part == 0) {
-    // The rank of selection k is lost when its answer is: find it among those that came.
-    bool came = rank == me;
-#pragma unroll 1
-    for (int i = 0; i < num; ++i) {
-      const int answered = __shfl_sync(~0u, source, i);
-      came = came || answered == rank;
-    }
-    if (lane < p.top_k) {
-      float value = 0.f;
-      if (rank >= 0 && came && rank == me) {
-        value = weight_gradient(p, own_row, lane);
-      } else if (rank >= 0 && came) {
-        value = __uint_as_float(ld_no_allocate8(entries(p.ws, me, op.parity, rank, token) + lane).x);
-      }
-      p.grad_topk_weights[static_cast<int64_t>(token) * p.top_k + lane] = value;
-    }
-  }
+  if (t.part == 0) weight_gradients(p, op, answers, rank, own_row, token);
 }
 
 template <class In, class Out>
@@ -356,7 +146,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
     }
   }
   find_gone(p.ws, op, route, sends, gone);
-  uint8_t* ring = rings + threadIdx.x / 32 * kWarpBytes;
+  uint8_t* ring = rings + threadIdx.x / 32 * Ring::kBytes;
   __syncthreads();
   if (threadIdx.x < p.ws.num_ranks && gone[threadIdx.x] == 2) failed = 1;
   if (touched == 0x7fc0ffee && failed == -1) return;  // never: it keeps the loads
@@ -382,7 +172,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
 
 template <class In>
 int launch_to(const CombineParams& p, cudaStream_t stream) {
-  const uint64_t shared_bytes = static_cast<uint64_t>(p.launch.num_threads / 32 - 1) * kWarpBytes;
+  const uint64_t shared_bytes = static_cast<uint64_t>(p.launch.num_threads / 32 - 1) * Ring::kBytes;
   switch (p.out_dtype) {
     case kBf16:
       return launch_kernel(combine_kernel<In, __nv_bfloat16>, p, p.launch, shared_bytes, stream);

@@ -96,7 +96,8 @@ __device__ __forceinline__ bool is_dead(const Workspace& ws, int rank) {
   return ld_relaxed_sys(&control(ws, ws.rank)->dead[rank]) != 0;
 }
 
-// Errors go straight to a word that the host reads whenever it likes; the first one's particulars stay until it has.
+// Errors go straight to words that the host reads whenever it likes, one a bit, so that nobody has to read what others
+// wrote; the first one's particulars stay until the host has seen them.
 inline __device__ __noinline__ void report(const Workspace& ws, int bits, int peer, int phase, uint32_t epoch) {
   if (ws.error_host == nullptr) return;
   volatile int32_t* host = ws.error_host;
@@ -105,8 +106,12 @@ inline __device__ __noinline__ void report(const Workspace& ws, int bits, int pe
     host[2] = phase;
     host[3] = epoch;
     __threadfence_system();
+    host[0] = 1;
   }
-  atomicOr_system(ws.error_host, bits);
+#pragma unroll 1
+  for (int bit = 0; bit < kStatusBits; ++bit) {
+    if (bits >> bit & 1) host[4 + bit] = 1;
+  }
 }
 
 // A word of this op, or false: the peer is out of the mask, or this rank is. The first to run out of time takes the

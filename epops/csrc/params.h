@@ -33,7 +33,7 @@ struct Workspace {
   uint64_t ring_offset;  // of all_to_all, see ring.cuh; nothing where ring_bytes is 0
   uint64_t ring_bytes;   // of its chunks, both copies
   uint64_t timeout_ns;
-  int32_t* error_host;  // (8,) pinned, or null: bits, peer, phase, epoch
+  int32_t* error_host;  // (kErrorWords,) pinned, or null: 1, peer, phase, epoch of the first; a word a status bit
   int32_t rank;
   int32_t num_ranks;
   int32_t max_tokens;
@@ -62,12 +62,12 @@ struct Launch {
   int32_t recv_warps;
   int32_t dynamic;  // warps take tokens from a counter as they come free; only with one warp a token received
   int32_t phases;   // 1 send, 2 receive, 3 both
-  int32_t rows_as;  // of a dispatch, enum RowsAs; equal on all ranks, as the call's hash is
+  int32_t rows_as;  // enum RowsAs; of a dispatch equal on all ranks, as the call's hash is
   int32_t pdl;
 };
 
-// How a dispatch's rows travel: behind counts (dispatch.cu), or kept by their sender till all are placed
-// (dispatch_kept.cu).
+// How rows travel: a dispatch's behind counts (dispatch.cu), or kept by their sender till all are placed
+// (dispatch_kept.cu); a combine's as they are stored (combine.cu), or kept till they have landed (combine_kept.cu).
 enum RowsAs : int32_t { kCounted = 0, kKept = 1 };
 
 enum Layout : int32_t { kExpert = 0, kRank = 1, kBatched = 2 };
@@ -200,6 +200,8 @@ enum Status : int32_t {
   kTimeout = 32,
   kExcluded = 64
 };
+constexpr int kStatusBits = 7;
+constexpr int kErrorWords = 4 + kStatusBits;
 enum Phase : int32_t { kPhaseHeader = 1, kPhaseCounts = 2, kPhaseRows = 3, kPhaseAnswers = 4, kPhaseCredits = 5 };
 
 // Fills the offsets of `ws` from its sizes; returns the bytes of one rank's memory.
@@ -207,10 +209,12 @@ uint64_t layout_workspace(Workspace& ws);
 // Bytes of dynamic shared memory that the kernels need; the host compares with the device's limit.
 uint64_t dispatch_shared_bytes(const DispatchParams& p);
 uint64_t dispatch_kept_shared_bytes(const DispatchParams& p);
+uint64_t combine_kept_shared_bytes(const CombineParams& p);
 // Launch on `stream`; return a cudaError_t.
 int launch_dispatch(const DispatchParams& p, void* stream);
 int launch_dispatch_kept(const DispatchParams& p, void* stream);
 int launch_combine(const CombineParams& p, void* stream);
+int launch_combine_kept(const CombineParams& p, void* stream);
 int launch_scatter(const ScatterParams& p, void* stream);
 int launch_all_to_all(const AllToAllParams& p, void* stream);
 
@@ -218,6 +222,7 @@ int launch_all_to_all(const AllToAllParams& p, void* stream);
 int read_dispatch_trace(uint64_t* out);  // (256, 12)
 int read_dispatch_kept_trace(uint64_t* out);
 int read_combine_trace(uint64_t* out);
+int read_combine_kept_trace(uint64_t* out);
 #endif
 
 }  // namespace epops

@@ -72,6 +72,13 @@ __device__ __forceinline__ uint2 ld_no_allocate8(const void* address) {
   return v;
 }
 
+// A load that is asked for here, not where its value is used.
+__device__ __forceinline__ int32_t ld_now(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void st_16(void* address, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");

@@ -32,18 +32,23 @@ struct Route {
   __device__ __forceinline__ bool takes_part(const Workspace& ws, int rank) const {
     return !good || (mask[rank] != 0) & !is_dead(ws, rank);
   }
-  // Lane k: row of selection k of `token` of `source`: -1 none, -2 dropped.
-  __device__ __forceinline__ int row(int source, int token, int k) const {
-    if (k >= top_k) return -1;
-    const int row = recv_row[(static_cast<int64_t>(source) * max_tokens + token) * top_k + k];
-    return good && row >= -2 && row < num_rows ? row : -1;
+  // Where those words lie that follow, and what they are worth once the route is known to be good.
+  __device__ __forceinline__ const int32_t* row_word(int source, int token, int k) const {
+    return recv_row + (static_cast<int64_t>(source) * max_tokens + token) * top_k + k;
   }
-  // Lane k: rank of selection k of own `token`, -1 none.
-  __device__ __forceinline__ int rank(int token, int k) const {
-    if (k >= top_k) return -1;
-    const int slot = send_slot[static_cast<int64_t>(token) * top_k + k];
+  __device__ __forceinline__ const int32_t* slot_word(int token, int k) const {
+    return send_slot + static_cast<int64_t>(token) * top_k + k;
+  }
+  __device__ __forceinline__ int checked_row(int row) const { return good && row >= -2 && row < num_rows ? row : -1; }
+  __device__ __forceinline__ int rank_of(int slot) const {
     return good && slot >= 0 && slot < num_global ? slot / num_slots : -1;
   }
+  // Lane k: row of selection k of `token` of `source`: -1 none, -2 dropped.
+  __device__ __forceinline__ int row(int source, int token, int k) const {
+    return k < top_k ? checked_row(*row_word(source, token, k)) : -1;
+  }
+  // Lane k: rank of selection k of own `token`, -1 none.
+  __device__ __forceinline__ int rank(int token, int k) const { return k < top_k ? rank_of(*slot_word(token, k)) : -1; }
 };
 
 // Ranks that nothing is stored at: dead ones, and, where rows lie where those of the op before did, such as have not

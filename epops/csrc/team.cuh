@@ -39,8 +39,9 @@ struct Outbox {
   uint32_t* done;   // shared, [kOutbox], zero
   int32_t* posted;  // shared: items told, zero
 
+  // Reads and writes that no barrier orders are atomic.
   __device__ __forceinline__ void begin(int item) const {
-    while (item - *const_cast<volatile int32_t*>(posted) >= kOutbox) __nanosleep(100);
+    while (item - atomicAdd(posted, 0) >= kOutbox) __nanosleep(100);
   }
   // [D] releases this warp's stores to the poster.
   __device__ __forceinline__ void finish(int item) const {
@@ -57,19 +58,18 @@ struct Outbox {
 #pragma unroll 1
     for (int next = 0; next < num_items;) {
       const int item = next + lane;
-      const bool ready =
-          item < num_items && *const_cast<volatile uint32_t*>(&done[item % kOutbox]) == static_cast<uint32_t>(parts);
+      const bool ready = item < num_items && atomicAdd(&done[item % kOutbox], 0u) == static_cast<uint32_t>(parts);
       const uint32_t missing = ~__ballot_sync(~0u, ready);
       const int count = missing == 0 ? 32 : __ffs(missing) - 1;
       if (count == 0) continue;
       fence_acq_rel_sys();  // [D] acquires, too
       tell(next, count);
-      if (lane < count) done[item % kOutbox] = 0;
+      if (lane < count) atomicExch(&done[item % kOutbox], 0u);
       __syncwarp();
       next += count;
       if (next < num_items && lane == 0) {
         fence_acq_rel_cta();
-        *const_cast<volatile int32_t*>(posted) = next;
+        atomicExch(posted, next);
       }
     }
   }

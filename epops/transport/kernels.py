@@ -6,12 +6,10 @@ Nothing here knows of groups or processes: ranks are addresses.  Tests run many 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import threading
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +17,9 @@ import torch
 import epops._C as _C
 
 from .. import layout as words
+from .plans import COUNTED, KEPT
+from .plans import Plan as Plan
+from .plans import Tuning as Tuning
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 BYTES = 3
@@ -28,92 +29,8 @@ QUANT_MATHS = {"divide": 0, "multiply": 1, "reciprocal": 2, "reciprocal_exact": 
 TABLE_BYTES = 100 << 10  # of shared memory that a dispatch of many tokens has for tables, where it has a choice
 BOARD_TOKENS = 1024  # tokens a rank whose selections have room
 BOARD_WORDS, TABLE_WORDS = 40 << 10, 16 << 10  # selections, or counts, that every block of a dispatch reads
-COUNTED, KEPT = range(2)  # how rows travel, csrc/params.h RowsAs
+COMBINE_THREADS = 512
 QUANT_BLOCKS = words.QUANT_BLOCKS
-
-
-class Plan(NamedTuple):
-    """How a kernel is laid over the chip; see ``struct Launch`` in csrc/params.h."""
-
-    num_blocks: int
-    num_senders: int
-    num_threads: int
-    send_warps: int
-    recv_warps: int
-    dynamic: int
-    pdl: int = 0
-    rows_as: int = COUNTED
-
-    def launch(self, phases: int = 3) -> Any:
-        made = _C.Launch()
-        for name, value in self._asdict().items():
-            setattr(made, name, value)
-        made.phases = phases
-        return made
-
-
-@dataclass
-class Tuning:
-    """Settings of the launch plans, with measured defaults (benchmarks/results).
-
-    ``num_sms``: blocks that send on the throughput path; ``spare_sms`` and ``spare_sms_throughput``: multiprocessors that
-    no block of ours ever holds, so that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M
-    up to which all warps of a block, or a few, share a token; above, each warp has its own. ``dispatch_kept_tokens``: M up
-    to which the blocks of a dispatch keep the rows that they send (csrc/dispatch_kept.cu), where those fit; alike on every
-    rank, as is what else sets the number of blocks.
-    ``limit_blocks``: at most so many blocks (0: no limit). ``beside_sms``: blocks of an op that a start half runs on a
-    second stream, up to M ``beside_tokens``; above, matrix products lose more by sharing the chip than the exchange gains,
-    and it runs at once. ``pdl``: a kernel's launch overlaps the end of the one before. ``extra``: plans by op, instead of
-    all this. Of all_to_all: ``ring_bytes`` of peer memory for its chunks, ``chunk_bytes`` of the smallest, ``ring_senders``
-    blocks that send an x of more than ``whole_bytes``.
-    """
-
-    num_sms: int = 32
-    spare_sms: int = 4
-    spare_sms_throughput: int = 32
-    decode_tokens: int = 160
-    middle_tokens: int = 1024
-    dispatch_kept_tokens: int = 1024
-    limit_blocks: int = 0
-    beside_sms: int = 64
-    beside_tokens: int = 160
-    pdl: int = 1
-    ring_bytes: int = 32 << 20
-    chunk_bytes: int = 4096
-    ring_senders: int = 32
-    whole_bytes: int = 16 << 20
-    extra: dict[str, Plan] = field(default_factory=dict)
-
-    def beside(self) -> Tuning:
-        """Settings for a kernel that other work runs beside: at most ``beside_sms`` blocks, and a launch behind an event."""
-        blocks = min(self.limit_blocks or self.beside_sms, self.beside_sms)
-        return dataclasses.replace(self, limit_blocks=blocks, pdl=0)
-
-    def plan(self, op: str, max_tokens: int, num_ranks: int, num_sms: int, hidden: int = 7168) -> Plan:
-        if op in self.extra:
-            return self.extra[op]
-        blocks = max(1, num_sms - self.spare_sms)
-        if self.limit_blocks:
-            blocks = min(blocks, self.limit_blocks)
-        pieces = max(1, -(-hidden // 512))  # a warp's step is 512 elements of a row
-        if op == "combine_backward":
-            return Plan(blocks, max(1, min(self.num_sms, blocks)), 512, 1, 1, 1, self.pdl)
-        if op == "dispatch" and max_tokens <= self.dispatch_kept_tokens:
-            blocks = max(1, min(blocks, max(64, max_tokens)))
-            return Plan(blocks, blocks, 512, kept_warps(max_tokens, blocks, pieces), 1, 0, self.pdl, KEPT)
-        if op == "combine" and max_tokens <= self.decode_tokens:
-            blocks, parts = max(1, min(blocks, max_tokens * max(1, num_ranks - 1))), min(15, pieces)
-            return Plan(blocks, blocks, 512, parts, parts, 0, self.pdl)
-        if op == "combine" and max_tokens <= self.middle_tokens:
-            return Plan(blocks, blocks, 512, min(7, pieces), min(7, pieces), 0, self.pdl)
-        blocks = max(1, min(blocks, num_sms - self.spare_sms_throughput))
-        send = min(2, pieces) if op == "combine" else 1
-        return Plan(blocks, min(self.num_sms, blocks), 512, send, 1, 1, self.pdl)
-
-
-def kept_warps(max_tokens: int, blocks: int, pieces: int) -> int:
-    """Warps that share a token, where every team of a block has at most one; 0: a block has too many tokens."""
-    return min(pieces, 16 // -(-max(1, max_tokens) // blocks))
 
 
 class Sizes(NamedTuple):
@@ -158,6 +75,32 @@ class QuantSettings(NamedTuple):
     eps_on: str = "amax"
     eps: float = 1e-12
     clamp: bool = True
+
+
+def error_words() -> torch.Tensor:
+    """Pinned memory for a workspace's ``error_host``."""
+    return torch.zeros(_C.error_words, dtype=torch.int32).pin_memory()
+
+
+class Error(NamedTuple):
+    """What a kernel told the host of: bits of `layout.STATUS_BITS`, and the first one's peer (or -1), phase and epoch."""
+
+    bits: int
+    peer: int
+    phase: int
+    epoch: int
+
+
+def take_error(words_of_errors: torch.Tensor) -> Error | None:
+    """What has been told since the last call.  A bit that comes meanwhile is there for the next one."""
+    told = words_of_errors.tolist()
+    bits = [bit for bit, seen in enumerate(told[4:]) if seen]
+    if not bits:
+        return None
+    for bit in bits:
+        words_of_errors[4 + bit] = 0
+    words_of_errors[0] = 0
+    return Error(sum(1 << bit for bit in bits), *told[1:4])
 
 
 def num_chunks(num_ranks: int, num_slots: int) -> int:
@@ -433,8 +376,29 @@ def combine(
     p.call_hash = call_hash(
         op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane
     )  # fmt: skip
+    _keep_answers(p, plan, shared_bytes(device.index))
     _C.launch_combine(p, stream_of(y))
     return out, grad_weights, status
+
+
+def _keep_answers(p: Any, plan: Plan, shared: int) -> None:
+    """Teams of `csrc/combine_kept.cu`, where the plan asks for it and it takes this call: one a token of the block, or as
+    many as have room for an answer each.  A rank's own affair: what travels is the same."""
+    p.launch.rows_as = COUNTED
+    if plan.rows_as != KEPT or p.in_dtype != p.out_dtype or p.in_dtype == DTYPES[torch.float32]:
+        return
+    items = p.max_tokens * max(1, p.ws.num_ranks - 1)
+    warps = COMBINE_THREADS // 32
+    wanted = max(1, warps // max(1, -(-items // plan.num_blocks)))
+    wanted = min(wanted, max(1, -(-p.hidden // 512)))  # a warp's step is 512 channels
+    settings = p.launch.send_warps, p.launch.recv_warps, p.launch.num_threads
+    for parts in range(wanted, warps + 1):
+        p.launch.send_warps = p.launch.recv_warps = parts
+        p.launch.num_threads = COMBINE_THREADS
+        if p.kept_shared_bytes() <= shared:
+            p.launch.rows_as = KEPT
+            return
+    p.launch.send_warps, p.launch.recv_warps, p.launch.num_threads = settings
 
 
 def combine_backward(

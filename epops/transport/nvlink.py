@@ -50,7 +50,7 @@ class PeerMemory:
     def __init__(self, group: Any, sizes: kernels.Sizes) -> None:
         self.sizes = sizes
         self.workspace, self.num_bytes = kernels.lay_out(group.rank, group.size, sizes, group.timeout)
-        self.errors = torch.zeros(8, dtype=torch.int32).pin_memory()
+        self.errors = kernels.error_words()
         self.workspace.error_host = self.errors.data_ptr()
         self.handle: Any = None
         if group.size == 1:
@@ -387,14 +387,13 @@ class NvlinkTransport:
         found = []
         for memories in self._memories.values():
             for memory in memories:
-                bits, peer, phase, epoch = (int(word) for word in memory.errors[:4])
-                if not bits:
+                error = kernels.take_error(memory.errors)
+                if error is None:
                     continue
-                memory.errors.zero_()
-                where = f"rank {self.rank}, epoch {epoch}"
-                if peer >= 0:
-                    where += f", peer {peer}, phase {PHASES.get(phase, str(phase))}"
-                found.append((bits, where))
+                where = f"rank {self.rank}, epoch {error.epoch}"
+                if error.peer >= 0:
+                    where += f", peer {error.peer}, phase {PHASES.get(error.phase, str(error.phase))}"
+                found.append((error.bits, where))
         return found
 
     def close(self) -> None:

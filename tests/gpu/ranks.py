@@ -92,7 +92,7 @@ class Ranks:
         for rank in range(num_ranks):
             ws, num_bytes = kernels.lay_out(rank, num_ranks, sizes, timeout)
             self.memories.append(torch.zeros(num_bytes, dtype=torch.uint8, device=self.device))
-            self.errors.append(torch.zeros(8, dtype=torch.int32).pin_memory())
+            self.errors.append(kernels.error_words())
             ws.error_host = self.errors[-1].data_ptr()
             self.workspaces.append(ws)
         for ws in self.workspaces:

@@ -129,7 +129,9 @@ def test_few_tokens_in_both_ways(num_ranks, layout, kept):
     shape = Shape(
         num_ranks, 45, 4, num_ranks * 4, 4, 256, 16 if layout == "expert" else 1, layout, tokens=(45, 5, 0, 31)
     )
-    tuning = kernels.Tuning(dispatch_kept_tokens=kept, num_sms=8)
+    tuning = kernels.Tuning(
+        dispatch_kept_tokens=kept, combine_kept_tokens=kept, combine_kept_answers=1 << 20, num_sms=8
+    )
     ranks = Ranks(num_ranks, sizes_for(shape), tuning=tuning)
     for seed in range(2):
         run_pair(ranks, shape, seed, repeat=2)

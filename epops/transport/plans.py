@@ -1,0 +1,102 @@
+"""How kernels are laid over the chip: the launch plan that a shape gets, and its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import epops._C as _C
+
+COUNTED, KEPT = range(2)  # how rows travel, csrc/params.h RowsAs
+
+
+class Plan(NamedTuple):
+    """How a kernel is laid over the chip; see ``struct Launch`` in csrc/params.h."""
+
+    num_blocks: int
+    num_senders: int
+    num_threads: int
+    send_warps: int
+    recv_warps: int
+    dynamic: int
+    pdl: int = 0
+    rows_as: int = COUNTED
+
+    def launch(self, phases: int = 3) -> Any:
+        made = _C.Launch()
+        for name, value in self._asdict().items():
+            setattr(made, name, value)
+        made.phases = phases
+        return made
+
+
+@dataclass
+class Tuning:
+    """Settings of the launch plans, with measured defaults (benchmarks/results).
+
+    ``num_sms``: blocks that send on the throughput path; ``spare_sms`` and ``spare_sms_throughput``: multiprocessors that
+    no block of ours ever holds, so that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M
+    up to which all warps of a block, or a few, share a token; above, each warp has its own. ``dispatch_kept_tokens``: M up
+    to which the blocks of a dispatch keep the rows that they send (csrc/dispatch_kept.cu), where those fit; alike on every
+    rank, as is what else sets the number of blocks. ``combine_kept_least`` to ``combine_kept_tokens``: M where combine does
+    so (csrc/combine_kept.cu), for elements of 16 bits and at most ``combine_kept_answers`` to send a block.
+    ``limit_blocks``: at most so many blocks (0: no limit). ``beside_sms``: blocks of an op that a start half runs on a
+    second stream, up to M ``beside_tokens``; above, matrix products lose more by sharing the chip than the exchange gains,
+    and it runs at once. ``pdl``: a kernel's launch overlaps the end of the one before. ``extra``: plans by op, instead of
+    all this. Of all_to_all: ``ring_bytes`` of peer memory for its chunks, ``chunk_bytes`` of the smallest, ``ring_senders``
+    blocks that send an x of more than ``whole_bytes``.
+    """
+
+    num_sms: int = 32
+    spare_sms: int = 4
+    spare_sms_throughput: int = 32
+    decode_tokens: int = 160
+    middle_tokens: int = 1024
+    dispatch_kept_tokens: int = 1024
+    combine_kept_least: int = 32
+    combine_kept_tokens: int = 256
+    combine_kept_answers: int = 2
+    limit_blocks: int = 0
+    beside_sms: int = 64
+    beside_tokens: int = 160
+    pdl: int = 1
+    ring_bytes: int = 32 << 20
+    chunk_bytes: int = 4096
+    ring_senders: int = 32
+    whole_bytes: int = 16 << 20
+    extra: dict[str, Plan] = field(default_factory=dict)
+
+    def beside(self) -> Tuning:
+        """Settings for a kernel that other work runs beside: at most ``beside_sms`` blocks, and a launch behind an event."""
+        blocks = min(self.limit_blocks or self.beside_sms, self.beside_sms)
+        return dataclasses.replace(self, limit_blocks=blocks, pdl=0)
+
+    def plan(self, op: str, max_tokens: int, num_ranks: int, num_sms: int, hidden: int = 7168) -> Plan:
+        if op in self.extra:
+            return self.extra[op]
+        blocks = max(1, num_sms - self.spare_sms)
+        if self.limit_blocks:
+            blocks = min(blocks, self.limit_blocks)
+        pieces = max(1, -(-hidden // 512))  # a warp's step is 512 elements of a row
+        if op == "combine_backward":
+            return Plan(blocks, max(1, min(self.num_sms, blocks)), 512, 1, 1, 1, self.pdl)
+        if op == "dispatch" and max_tokens <= self.dispatch_kept_tokens:
+            blocks = max(1, min(blocks, max(64, max_tokens)))
+            return Plan(blocks, blocks, 512, kept_warps(max_tokens, blocks, pieces), 1, 0, self.pdl, KEPT)
+        if op == "combine" and max_tokens <= self.middle_tokens:
+            answers = max_tokens * max(1, num_ranks - 1)
+            parts = min(7, pieces)
+            if max_tokens <= self.decode_tokens:
+                blocks, parts = max(1, min(blocks, answers)), min(15, pieces)
+            kept = self.combine_kept_least <= max_tokens <= self.combine_kept_tokens
+            kept = kept and answers <= self.combine_kept_answers * blocks
+            return Plan(blocks, blocks, 512, parts, parts, 0, self.pdl, KEPT if kept else COUNTED)
+        blocks = max(1, min(blocks, num_sms - self.spare_sms_throughput))
+        send = min(2, pieces) if op == "combine" else 1
+        return Plan(blocks, min(self.num_sms, blocks), 512, send, 1, 1, self.pdl)
+
+
+def kept_warps(max_tokens: int, blocks: int, pieces: int) -> int:
+    """Warps that share a token, where every team of a block has at most one; 0: a block has too many tokens."""
+    return min(pieces, 16 // -(-max(1, max_tokens) // blocks))
