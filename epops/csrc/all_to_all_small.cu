@@ -259,6 +259,7 @@ __device__ __forceinline__ void await_places(const AllToAllParams& p, Shared* s,
       }
     }
   }
+  __syncwarp();  // what the lanes have read of `s`
   if (lane == 0) {
     s->bits |= bits;
     if (different != 0) s->disagrees_with = __ffs(different) - 1;

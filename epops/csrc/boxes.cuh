@@ -258,9 +258,12 @@ __device__ __forceinline__ bool in_line(const AllToAllParams& p, const int64_t* 
     *line = {b.base, 0};
     return true;
   }
-  if (u.first >= u.last || (b.rows > 1 && run.row_of(u.first) != run.row_of(u.last - 1))) return false;
+  const uint32_t row = b.rows > 1 ? run.row_of(u.first) : 0, end = u.last - row * run.steps;
+  if (u.first >= u.last || end > run.steps || end * 16ull > static_cast<uint64_t>(b.run_limit) * p.element_bytes) {
+    return false;
+  }
   *line = {locate<16>(p, stride, b, run, u.first), u.first};
-  return line->base != 0 && locate<16>(p, stride, b, run, u.last - 1) != 0;
+  return line->base != 0;
 }
 
 // One unit after the other, where a unit has several steps or its words are tagged.

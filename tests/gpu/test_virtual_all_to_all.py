@@ -333,6 +333,10 @@ def test_exchanges_larger_than_the_ring(num_ranks, how):
     gathered = tuple(2 + rank % 3 for rank in range(num_ranks))
     run(ranks, Call(by_owner(num_ranks, scale // 4), (4, 4, 256), 1, 0, gathered=gathered, how=how, strided=True))
     run(ranks, Call(by_owner(num_ranks, scale // 4), (4, 4, 256), 0, 1, gathered=gathered, how=how))
+    # Rows longer than a chunk, of a size that is and of one that is not a multiple of it.
+    for more in (0, 3):
+        owners = [[n + more for n in row] for row in by_owner(num_ranks, scale // 2)]
+        run(ranks, Call(owners, (4, 4, 64), 1, 0, gathered=gathered, how=how))
 
 
 def test_ranks_of_very_different_sizes():
