@@ -51,6 +51,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("max_tokens") = kMaxTokens;
   m.attr("max_dims") = kMaxDims;
   m.attr("all_to_all_threads") = kAllToAllThreads;
+  m.attr("small_ranks") = kSmallRanks;
   m.attr("count_words") = kCountWords;
   m.attr("error_words") = kErrorWords;
   m.def("max_chunks", &max_chunks);
@@ -215,11 +216,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("gather_out", &AllToAllParams::gather_out)
       .def_readwrite("scatter_unit", &AllToAllParams::scatter_unit)
       .def_readwrite("gather_unit", &AllToAllParams::gather_unit)
+      .def_readwrite("even_split", &AllToAllParams::even_split)
+      .def_readwrite("cell_bytes", &AllToAllParams::cell_bytes)
       .def_readwrite("scatter_at", &AllToAllParams::scatter_at)
       .def_readwrite("gather_at", &AllToAllParams::gather_at)
       .def_readwrite("element_bytes", &AllToAllParams::element_bytes)
       .def_readwrite("num_receivers", &AllToAllParams::num_receivers)
       .def_readwrite("min_chunk", &AllToAllParams::min_chunk)
+      .def_readwrite("whole_units", &AllToAllParams::whole_units)
       .def_readwrite("call_hash", &AllToAllParams::call_hash)
       .def("set_dims", [](AllToAllParams& self, const std::vector<int64_t>& size, const std::vector<int64_t>& x_stride,
                           const std::vector<int64_t>& out_stride) {
@@ -254,6 +258,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("launch_all_to_all", [](const AllToAllParams& p, uintptr_t stream) {
     check(launch_all_to_all(p, reinterpret_cast<void*>(stream)), "all_to_all");
+  });
+  m.def("launch_all_to_all_small", [](const AllToAllParams& p, uintptr_t stream) {
+    check(launch_all_to_all_small(p, reinterpret_cast<void*>(stream)), "all_to_all");
   });
 #ifdef EPOPS_TRACE
   m.def("read_trace", [](const std::string& op) {

@@ -28,9 +28,10 @@ struct Box {
 // ---- boxes: which places, and where byte i of a stream lies
 // ----------------------------------------------------------
 
-// `along_s` and `along_g` steps of the two dims from `base`; of them the first `limit_s` and `limit_g` exist.
-inline __device__ __noinline__ void make_box(const AllToAllParams& p, const int64_t* stride, Box* box, uint64_t base,
-                                             int64_t along_s, int64_t along_g, int64_t limit_s, int64_t limit_g) {
+// `along_s` and `along_g` steps of the two dims from `base`; of them the first `limit_s` and `limit_g` exist. Not a
+// call: in a function of its own, parameters of the kernel would be read from memory.
+__device__ __forceinline__ void make_box(const AllToAllParams& p, const int64_t* stride, Box* box, uint64_t base,
+                                         int64_t along_s, int64_t along_g, int64_t limit_s, int64_t limit_g) {
   const int last = p.num_dims - 1;
   uint64_t bytes = p.element_bytes, together = base;
   uint32_t rows = 1, whole = 1;
@@ -63,19 +64,32 @@ inline __device__ __noinline__ void make_box(const AllToAllParams& p, const int6
   box->plain = low == 0 && rows == 1 && whole != 0;
 }
 
+// Steps of a row, and what a division by them is made with.
+struct Run {
+  uint32_t steps, inverse;
+
+  // The row that step `index` lies in: the product is less than the quotient by less than one, so it is one short at
+  // most.
+  __device__ __forceinline__ uint32_t row_of(uint32_t index) const {
+    const uint32_t row = __umulhi(index, inverse);
+    return row + (index - row * steps >= steps ? 1 : 0);
+  }
+};
+
 template <int kStep>
-__device__ __forceinline__ uint32_t run_steps(const AllToAllParams& p, const Box& b) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(b.run) * p.element_bytes / kStep);
+__device__ __forceinline__ Run run_steps(const AllToAllParams& p, const Box& b) {
+  const uint32_t steps = static_cast<uint32_t>(static_cast<uint64_t>(b.run) * p.element_bytes / kStep);
+  return {steps, b.rows > 1 && steps != 0 ? 0xffffffffu / steps : 0};
 }
 
 // Address of step `index` of a stream, 0 where there is none. `run` as of run_steps<kStep>.
 template <int kStep>
-__device__ __forceinline__ uint64_t locate(const AllToAllParams& p, const int64_t* stride, const Box& b, uint32_t run,
+__device__ __forceinline__ uint64_t locate(const AllToAllParams& p, const int64_t* stride, const Box& b, Run run,
                                            uint32_t index) {
   uint32_t row = 0, column = index;
   if (b.rows > 1) {
-    row = index / run;
-    column = index - row * run;
+    row = run.row_of(index);
+    column = index - row * run.steps;
   }
   const uint64_t at = static_cast<uint64_t>(column) * kStep;
   bool there = at < static_cast<uint64_t>(b.run_limit) * p.element_bytes;
@@ -117,7 +131,7 @@ __device__ __forceinline__ void store_step(uint64_t address, uint64_t value) {
 // Sixteen bytes of a stream from and to a box, the unit that crosses the wire. `steps`: those that the stream still
 // has.
 template <int kStep>
-__device__ __forceinline__ uint4 read_unit(const AllToAllParams& p, const int64_t* stride, const Box& b, uint32_t run,
+__device__ __forceinline__ uint4 read_unit(const AllToAllParams& p, const int64_t* stride, const Box& b, Run run,
                                            uint32_t unit, uint32_t steps = 16 / kStep) {
   if constexpr (kStep == 16) {
     return ld_no_allocate(reinterpret_cast<const void*>(locate<16>(p, stride, b, run, unit)));
@@ -135,7 +149,7 @@ __device__ __forceinline__ uint4 read_unit(const AllToAllParams& p, const int64_
 }
 
 template <int kStep>
-__device__ __forceinline__ void write_unit(const AllToAllParams& p, const int64_t* stride, const Box& b, uint32_t run,
+__device__ __forceinline__ void write_unit(const AllToAllParams& p, const int64_t* stride, const Box& b, Run run,
                                            uint32_t unit, uint4 v, uint32_t steps = 16 / kStep) {
   if constexpr (kStep == 16) {
     const uint64_t to = locate<16>(p, stride, b, run, unit);
@@ -216,6 +230,12 @@ __device__ __forceinline__ void copy_units(uint32_t first, uint32_t last, From f
   }
 }
 
+// Units of a chunk: [first, last) whole ones, and whether the stream's last, smaller one follows them.
+struct Units {
+  uint32_t first, last;
+  bool rest;
+};
+
 struct InLine {  // units that follow one another from unit `first` at `base`
   uint64_t base;
   uint32_t first;
@@ -230,18 +250,28 @@ __device__ __forceinline__ uint4 load_ring(uint64_t from) {
 }
 __device__ __forceinline__ void store_plain(uint64_t to, uint4 v) { st_16(reinterpret_cast<void*>(to), v); }
 
+// Where units [first, last) lie one behind the other in a box of 16-byte steps, false where they do not: long rows are
+// copied without asking for each unit's row.
+__device__ __forceinline__ bool in_line(const AllToAllParams& p, const int64_t* stride, const Box& b, Run run,
+                                        const Units& u, InLine* line) {
+  if (b.plain) {
+    *line = {b.base, 0};
+    return true;
+  }
+  const uint32_t row = b.rows > 1 ? run.row_of(u.first) : 0, end = u.last - row * run.steps;
+  if (u.first >= u.last || end > run.steps || end * 16ull > static_cast<uint64_t>(b.run_limit) * p.element_bytes) {
+    return false;
+  }
+  *line = {locate<16>(p, stride, b, run, u.first), u.first};
+  return line->base != 0;
+}
+
 // One unit after the other, where a unit has several steps or its words are tagged.
 template <class Get, class Put>
 __device__ __forceinline__ void copy_singly(uint32_t first, uint32_t last, Get get, Put put) {
 #pragma unroll 1
   for (uint32_t unit = first + threadIdx.x; unit < last; unit += kDataThreads) put(unit, get(unit));
 }
-
-// Units of a chunk: [first, last) whole ones, and whether the stream's last, smaller one follows them.
-struct Units {
-  uint32_t first, last;
-  bool rest;
-};
 
 __device__ __forceinline__ Units units_of(uint64_t bytes, uint32_t chunk, uint32_t chunk_size) {
   const uint64_t from = static_cast<uint64_t>(chunk) * chunk_size;
@@ -275,7 +305,7 @@ template <class Put>
 __device__ __forceinline__ void read_box(const AllToAllParams& p, const Box& b, Units u, Put put) {
   for_step(b.step, [&](auto step) {
     constexpr int kStep = decltype(step)::value;
-    const uint32_t run = run_steps<kStep>(p, b);
+    const Run run = run_steps<kStep>(p, b);
     copy_singly(u.first, u.last, [&](uint32_t unit) { return read_unit<kStep>(p, p.x_stride, b, run, unit); }, put);
   });
   if (u.rest && threadIdx.x == kDataThreads - 1) put(u.last, read_rest(p, p.x_stride, b, u.last));
@@ -285,7 +315,7 @@ template <class Get>
 __device__ __forceinline__ void write_box(const AllToAllParams& p, const Box& b, Units u, Get get) {
   for_step(b.step, [&](auto step) {
     constexpr int kStep = decltype(step)::value;
-    const uint32_t run = run_steps<kStep>(p, b);
+    const Run run = run_steps<kStep>(p, b);
     copy_singly(u.first, u.last, get,
                 [&](uint32_t unit, uint4 v) { write_unit<kStep>(p, p.out_stride, b, run, unit, v); });
   });
@@ -300,10 +330,11 @@ __device__ __forceinline__ void fill_slot(const AllToAllParams& p, const Box& b,
     read_box(p, b, u, put);
     return;
   }
-  if (b.plain) {
-    copy_units(u.first, u.last, InLine{b.base, 0}, to, load_plain, store_plain);
+  const Run run = run_steps<16>(p, b);
+  InLine from;
+  if (in_line(p, p.x_stride, b, run, u, &from)) {
+    copy_units(u.first, u.last, from, to, load_plain, store_plain);
   } else {
-    const uint32_t run = run_steps<16>(p, b);
     copy_units(
         u.first, u.last, [&](uint32_t unit) { return locate<16>(p, p.x_stride, b, run, unit); }, to, load_plain,
         store_plain);
@@ -319,10 +350,11 @@ __device__ __forceinline__ void empty_slot(const AllToAllParams& p, const Box& b
     write_box(p, b, u, get);
     return;
   }
-  if (b.plain) {
-    copy_units(u.first, u.last, from, InLine{b.base, 0}, load_ring, store_plain);
+  const Run run = run_steps<16>(p, b);
+  InLine to;
+  if (in_line(p, p.out_stride, b, run, u, &to)) {
+    copy_units(u.first, u.last, from, to, load_ring, store_plain);
   } else {
-    const uint32_t run = run_steps<16>(p, b);
     copy_units(
         u.first, u.last, from, [&](uint32_t unit) { return locate<16>(p, p.out_stride, b, run, unit); }, load_ring,
         store_plain);
@@ -332,18 +364,21 @@ __device__ __forceinline__ void empty_slot(const AllToAllParams& p, const Box& b
 
 // From x to the result; where either side has smaller steps, by those.
 __device__ __forceinline__ void copy_own(const AllToAllParams& p, const Box& from, const Box& to, Units u) {
-  if (from.plain && to.plain) {
-    copy_units(u.first, u.last, InLine{from.base, 0}, InLine{to.base, 0}, load_plain, store_plain);
-  } else if (from.step == 16 && to.step == 16) {
-    const uint32_t run_from = run_steps<16>(p, from), run_to = run_steps<16>(p, to);
-    copy_units(
-        u.first, u.last, [&](uint32_t unit) { return locate<16>(p, p.x_stride, from, run_from, unit); },
-        [&](uint32_t unit) { return locate<16>(p, p.out_stride, to, run_to, unit); }, load_plain, store_plain);
+  if (from.step == 16 && to.step == 16) {
+    const Run run_from = run_steps<16>(p, from), run_to = run_steps<16>(p, to);
+    InLine source, target;
+    if (in_line(p, p.x_stride, from, run_from, u, &source) && in_line(p, p.out_stride, to, run_to, u, &target)) {
+      copy_units(u.first, u.last, source, target, load_plain, store_plain);
+    } else {
+      copy_units(
+          u.first, u.last, [&](uint32_t unit) { return locate<16>(p, p.x_stride, from, run_from, unit); },
+          [&](uint32_t unit) { return locate<16>(p, p.out_stride, to, run_to, unit); }, load_plain, store_plain);
+    }
   } else {
     for_step(from.step < to.step ? from.step : to.step, [&](auto step) {
       constexpr int kStep = decltype(step)::value;
       if constexpr (kStep < 16) {
-        const uint32_t run_from = run_steps<kStep>(p, from), run_to = run_steps<kStep>(p, to);
+        const Run run_from = run_steps<kStep>(p, from), run_to = run_steps<kStep>(p, to);
         copy_singly(
             u.first, u.last, [&](uint32_t unit) { return read_unit<kStep>(p, p.x_stride, from, run_from, unit); },
             [&](uint32_t unit, uint4 v) { write_unit<kStep>(p, p.out_stride, to, run_to, unit, v); });

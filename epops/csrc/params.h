@@ -163,6 +163,7 @@ struct ScatterParams {  // the gradient of combine: token rows out to the rows t
 
 constexpr int kMaxDims = 6;  // of an exchanged tensor, dims that lie in one piece counted as one
 constexpr int kAllToAllThreads = 544;
+constexpr int kSmallRanks = 32;  // of all_to_all_small.cu at most
 
 struct AllToAllParams {
   Workspace ws;
@@ -182,11 +183,14 @@ struct AllToAllParams {
   int64_t scatter_in, gather_in;    // steps of the two dims in x
   int64_t scatter_out, gather_out;  // and in out
   int64_t scatter_unit, gather_unit;
+  int64_t even_split;             // steps for each rank where no splits are given
+  int64_t cell_bytes;             // of one step of each of the two dims, or of the one that they are
   int32_t scatter_at, gather_at;  // their places in `size`, equal where they are one dim
   int32_t num_dims;
   int32_t element_bytes;
   int32_t num_receivers;  // the first blocks; launch.num_senders, the last ones, send
   int32_t min_chunk;      // bytes
+  int32_t whole_units;    // every place in x and out is a multiple of 16 bytes
   uint32_t call_hash;
 };
 
@@ -217,6 +221,7 @@ int launch_combine(const CombineParams& p, void* stream);
 int launch_combine_kept(const CombineParams& p, void* stream);
 int launch_scatter(const ScatterParams& p, void* stream);
 int launch_all_to_all(const AllToAllParams& p, void* stream);
+int launch_all_to_all_small(const AllToAllParams& p, void* stream);
 
 #ifdef EPOPS_TRACE
 int read_dispatch_trace(uint64_t* out);  // (256, 12)

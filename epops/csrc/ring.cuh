@@ -58,7 +58,7 @@ inline uint64_t layout_ring(Workspace& ws) {
   };
   ws.ring_slots = a_pair >= 256 * 1024 ? 256 : 128;
   ws.slot_bytes = clamp(a_pair / ws.ring_slots, 64 << 10);
-  ws.tagged_bytes = clamp(a_pair / 16, 64 << 10);
+  ws.tagged_bytes = clamp(a_pair / 16, 256 << 10);
   return pairs * (2ull * ws.tagged_bytes + 16ull * ws.ring_slots + 1ull * ws.ring_slots * ws.slot_bytes);
 }
 

@@ -45,7 +45,7 @@ class Tuning:
     second stream, up to M ``beside_tokens``; above, matrix products lose more by sharing the chip than the exchange gains,
     and it runs at once. ``pdl``: a kernel's launch overlaps the end of the one before. ``extra``: plans by op, instead of
     all this. Of all_to_all: ``ring_bytes`` of peer memory for its chunks, ``chunk_bytes`` of the smallest, ``ring_senders``
-    blocks that send an x of more than ``whole_bytes``.
+    blocks that send an x of more than ``whole_bytes``; an x of at most ``small_bytes`` goes by the kernel for little.
     """
 
     num_sms: int = 32
@@ -65,6 +65,7 @@ class Tuning:
     chunk_bytes: int = 4096
     ring_senders: int = 32
     whole_bytes: int = 16 << 20
+    small_bytes: int = 256 << 10
     extra: dict[str, Plan] = field(default_factory=dict)
 
     def beside(self) -> Tuning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any, NamedTuple
 
@@ -150,7 +151,8 @@ def to_device(x: torch.Tensor) -> torch.Tensor:
     return held.cuda().as_strided(x.shape, x.stride(), x.storage_offset()).view(x.dtype)
 
 
-def run(ranks: Ranks, call: Call, seed: int = 0, repeat: int = 1) -> None:
+def run(ranks: Ranks, call: Call, seed: int = 0, repeat: int = 1, tunings: Any = None) -> None:
+    """``tunings``: one a rank, where they are not those of ``ranks``."""
     num_ranks = len(call.splits)
     xs = [inputs_of(call, rank, seed) for rank in range(num_ranks)]
     want = wanted(call, xs)
@@ -159,7 +161,7 @@ def run(ranks: Ranks, call: Call, seed: int = 0, repeat: int = 1) -> None:
     def exchange(rank: int) -> Any:
         out_size, scatter_size = sizes_of(call, rank)
         return kernel_all_to_all.all_to_all(
-            ranks.workspaces[rank], ranks.tuning, ranks.num_sms, **given[rank],
+            ranks.workspaces[rank], tunings[rank] if tunings else ranks.tuning, ranks.num_sms, **given[rank],
             out_size=out_size, scatter_size=scatter_size, scatter_dim=call.scatter, gather_dim=call.gather,
         )  # fmt: skip
 
@@ -218,10 +220,74 @@ def test_any_number_of_ranks(num_ranks):
         assert kernels.take_error(error) is None
 
 
+EITHER_KERNEL = pytest.mark.parametrize("small", [{}, {"small_bytes": 0}], ids=["small", "any"])
+
+
+def of_bytes(num_ranks: int, size: int, unit: int) -> list[list[int]]:
+    """Splits of rows of ``unit`` bytes; what every rank sends is ``size`` bytes, a part of it to each rank, none to one."""
+    rows, splits = size // unit, []
+    for source in range(num_ranks):
+        parts = [rows // (2 * num_ranks) * (1 + (source + d) % 2) for d in range(num_ranks)]
+        parts[(source + 2) % num_ranks] = 0
+        parts[(source + 1) % num_ranks] += rows - sum(parts)
+        splits.append(parts)
+    return splits
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+def test_little_below_at_and_above_the_limit_of_its_kernel(num_ranks):
+    ranks = make_ranks(num_ranks)
+    limit = min(ranks.tuning.small_bytes, ranks.workspaces[0].tagged_bytes)
+    for size in (limit - 16, limit, limit + 16):
+        for how in ("splits", "both", "plan"):
+            run(ranks, Call(of_bytes(num_ranks, size, 16), (0, 8), how=how, spare=0))
+        for to_one in (1, 0):  # all of it in one piece: the largest that travels as words, and the first that does not
+            splits = [
+                [size // 16 * (d == (s + to_one) % num_ranks) for d in range(num_ranks)] for s in range(num_ranks)
+            ]
+            run(ranks, Call(splits, (0, 8), spare=0), repeat=3)
+    for size in (limit - 2, limit + 2):
+        run(ranks, Call(of_bytes(num_ranks, size, 2), (0,), how="both", spare=0))
+    for tokens in (limit // 256 - num_ranks, limit // 256 + num_ranks):
+        each = [[tokens // num_ranks + (d == 0) for d in range(num_ranks)]] * num_ranks
+        run(ranks, Call(each, (4, 0, 32), 1, 0, gathered=(4,) * num_ranks, how="plan", spare=0), repeat=2)
+    for error in ranks.errors:
+        assert kernels.take_error(error) is None
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_on_either_side_of_the_limit(num_ranks):
+    """Some run one kernel and some the other, by what they have or by their settings; pieces that are no words come to either."""
+    ranks = make_ranks(num_ranks, ring=1 * MIB)
+    limit = ranks.workspaces[0].tagged_bytes
+    rows = limit // 80
+    for much in (rows + 1, 5 * rows, 40 * rows):
+        splits = [[3 + 5 * d for d in range(num_ranks)] for _ in range(num_ranks)]
+        splits[0] = [much // (d + 1) for d in range(num_ranks)]
+        for how in ("splits", "both", "plan"):
+            run(ranks, Call(splits, (0, 40), how=how), repeat=2)
+        run(ranks, Call(splits, (0, 40), out_size=rows // 2))
+        outs = [[split[rank] for split in splits] for rank in range(num_ranks)]
+        outs[num_ranks - 1][0] += 1
+        run(ranks, Call(splits, (0, 40), how="both", expected=outs))
+    for rank in range(num_ranks):
+        ranks.errors[rank].zero_()
+    tunings = [dataclasses.replace(ranks.tuning, small_bytes=rank % 2 * limit) for rank in range(num_ranks)]
+    for scale in (1, 20):
+        for how in ("splits", "both", "plan"):
+            run(ranks, Call(splits_of("uneven", num_ranks, scale), (0, 40), how=how), repeat=2, tunings=tunings)
+            gathered = tuple(2 + rank for rank in range(num_ranks))
+            call = Call(by_owner(num_ranks, scale), (4, 4, 24), 1, 0, gathered=gathered, how=how, strided=True)
+            run(ranks, call, repeat=2, tunings=tunings)
+    for error in ranks.errors:
+        assert kernels.take_error(error) is None
+
+
+@EITHER_KERNEL
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.complex64])
 @pytest.mark.parametrize("width", [(), (1,), (3,), (7, 5), (2, 0, 3), (64,), (513,)])
-def test_elements_and_rows_of_any_size(dtype, width):
-    ranks = make_ranks(3)
+def test_elements_and_rows_of_any_size(dtype, width, small):
+    ranks = make_ranks(3, **small)
     for scale in (1, 50):
         run(ranks, Call(splits_of("uneven", 3, scale), (0, *width), dtype=dtype, how="both"))
         run(ranks, Call(splits_of("uneven", 3, scale), (0, *width), dtype=dtype, strided=True), seed=scale)
@@ -230,10 +296,11 @@ def test_elements_and_rows_of_any_size(dtype, width):
 DIMS = [(s, g) for s in range(3) for g in range(3)]
 
 
+@EITHER_KERNEL
 @pytest.mark.parametrize(("scatter", "gather"), DIMS)
 @pytest.mark.parametrize("strided", [False, True])
-def test_any_two_dims(scatter, gather, strided):
-    ranks = make_ranks(3)
+def test_any_two_dims(scatter, gather, strided, small):
+    ranks = make_ranks(3, **small)
     for number, (shape, dtype) in enumerate(
         (
             ((4, 6, 8), torch.bfloat16),
@@ -266,6 +333,10 @@ def test_exchanges_larger_than_the_ring(num_ranks, how):
     gathered = tuple(2 + rank % 3 for rank in range(num_ranks))
     run(ranks, Call(by_owner(num_ranks, scale // 4), (4, 4, 256), 1, 0, gathered=gathered, how=how, strided=True))
     run(ranks, Call(by_owner(num_ranks, scale // 4), (4, 4, 256), 0, 1, gathered=gathered, how=how))
+    # Rows longer than a chunk, of a size that is and of one that is not a multiple of it.
+    for more in (0, 3):
+        owners = [[n + more for n in row] for row in by_owner(num_ranks, scale // 2)]
+        run(ranks, Call(owners, (4, 4, 64), 1, 0, gathered=gathered, how=how))
 
 
 def test_ranks_of_very_different_sizes():
@@ -276,8 +347,9 @@ def test_ranks_of_very_different_sizes():
     run(ranks, Call([list(row) for row in zip(*splits)], (0, 512), how="plan"), repeat=3)
 
 
-def test_splits_that_disagree_are_reported_and_no_row_is_taken_for_another():
-    ranks = make_ranks(3, ring=1 * MIB, whole_bytes=0)
+@EITHER_KERNEL
+def test_splits_that_disagree_are_reported_and_no_row_is_taken_for_another(small):
+    ranks = make_ranks(3, ring=1 * MIB, whole_bytes=0, **small)
     for scale in (1, 300, 6000):
         splits = [[n * scale for n in row] for row in ([2, 1, 3], [0, 2, 1], [4, 1, 1])]
         outs = [[split[rank] for split in splits] for rank in range(3)]
@@ -292,8 +364,9 @@ def test_splits_that_disagree_are_reported_and_no_row_is_taken_for_another():
     assert not any(kernels.take_error(error) for error in ranks.errors), "the next exchange is right again"
 
 
-def test_splits_out_of_range_are_clamped_and_reported():
-    ranks = make_ranks(2)
+@EITHER_KERNEL
+def test_splits_out_of_range_are_clamped_and_reported(small):
+    ranks = make_ranks(2, **small)
     x = [torch.arange(8 * 16, dtype=torch.float32, device="cuda").view(8, 16) + 1000 * rank for rank in range(2)]
     for bad in ([-5, 3], [7, 7], [1 << 40, 1], [3, -(1 << 62)]):
         splits = [torch.tensor(bad).cuda(), torch.tensor([2, 3]).cuda()]
@@ -312,8 +385,9 @@ def test_splits_out_of_range_are_clamped_and_reported():
     assert all(int(status[0]) & words.STATUS_BAD_INDEX and not rows.any() for rows, _, status in got)
 
 
-def test_what_has_no_room_is_dropped_and_counted():
-    ranks = make_ranks(3)
+@EITHER_KERNEL
+def test_what_has_no_room_is_dropped_and_counted(small):
+    ranks = make_ranks(3, **small)
     splits = splits_of("uneven", 3, 4)
     run(ranks, Call(splits, (0, 40), out_size=6))
     run(ranks, Call(by_owner(3, 3), (4, 4, 8), 1, 0, gathered=(4, 4, 4), out_size=7, scatter_size=5))
@@ -328,6 +402,14 @@ def test_calls_that_differ_are_reported_and_do_not_hang():
         half = x[rank][30000 * rank : 30000 * rank + 30000]
         assert int(status[0]) == words.STATUS_DISAGREE and counts.tolist() == [30000 * (1 - rank), 30000 * rank]
         assert torch.equal(rows[:30000], half) and not rows[30000:].any()
+    run(ranks, Call(splits_of("uneven", 2, 5), (0, 40)))
+    x = [torch.randn(30, 64 if rank else 32, device="cuda") for rank in range(2)]  # little on both ranks
+    got = exchange_rows(ranks, [{"x": rows} for rows in x], 30)
+    for rank in range(2):
+        rows, counts, status = got[rank]
+        half = x[rank][15 * rank : 15 * rank + 15]
+        assert int(status[0]) == words.STATUS_DISAGREE and counts.tolist() == [15 * (1 - rank), 15 * rank]
+        assert torch.equal(rows[:15], half) and not rows[15:].any()
     run(ranks, Call(splits_of("uneven", 2, 5), (0, 40)))
 
 
