@@ -130,7 +130,7 @@ __device__ __forceinline__ void send_all(const AllToAllParams& p, Shared* s, con
         }
       }
       if (is_small) continue;
-      if (threadIdx.x == 0) s->items[item % kOutbox] = make_uint2(rank, chunk);
+      if (threadIdx.x == 0) atomicExch(&s->items[item % kOutbox], static_cast<unsigned long long>(rank) << 32 | chunk);
       outbox.finish(item);
       ++item;
     }
@@ -141,10 +141,11 @@ __device__ __forceinline__ void send_all(const AllToAllParams& p, Shared* s, con
 __device__ __forceinline__ void tell_chunks(const AllToAllParams& p, Shared* s, const Op& op, int first, int count) {
   const int lane = threadIdx.x % 32;
   if (lane >= count) return;
-  const uint2 item = s->items[(first + lane) % kOutbox];
-  const int rank = static_cast<int>(item.x);
+  const uint64_t item = atomicAdd(&s->items[(first + lane) % kOutbox], 0ull);
+  const int rank = static_cast<int>(item >> 32);
+  const uint32_t chunk = static_cast<uint32_t>(item);
   if (*const_cast<volatile int32_t*>(&peers(s)[rank].lost) != 0) return;
-  st_relaxed_sys(chunk_flag(p.ws, rank, op.parity, p.ws.rank, item.y % p.ws.ring_slots), tagged(op.epoch, item.y + 1));
+  st_relaxed_sys(chunk_flag(p.ws, rank, op.parity, p.ws.rank, chunk % p.ws.ring_slots), tagged(op.epoch, chunk + 1));
 }
 
 __global__ void __launch_bounds__(kAllToAllThreads, 1) all_to_all_kernel(const __grid_constant__ AllToAllParams p) {

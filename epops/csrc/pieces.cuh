@@ -29,7 +29,7 @@ struct Shared {
   int32_t failed, posted, bits, num_bad, num_items, rounds_to, rounds_from, disagrees_with;
   int64_t num_rows, num_dropped;
   uint32_t done[kOutbox];
-  uint2 items[kOutbox];  // peer, chunk
+  unsigned long long items[kOutbox];  // peer, chunk; read and written atomically, as the outbox orders them
 };
 
 __device__ __forceinline__ Peer* peers(Shared* s) { return reinterpret_cast<Peer*>(s + 1); }
