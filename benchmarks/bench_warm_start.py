@@ -83,7 +83,7 @@ def main() -> None:
         warm = run(chosen.ranks, chosen.model, cache)
     names = ("process", "before_first_call", "first_step", "processors")
     result = {
-        "what": "seconds to the first compiled forward and backward, slowest rank",
+        "what": "seconds to the first compiled forward and backward, slowest rank; processors: of all ranks and their compilers",
         "model": chosen.model,
         "ranks": chosen.ranks,
         "cold": dict(zip(names, cold)),
