@@ -46,10 +46,13 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else _ScaleGradient.apply(x, scale)
 
 
-def call_replicated(module: nn.Module, group: Any, *args: Any) -> Any:
-    """``module(*args)`` on this rank's rows, of a module that all ranks hold: its gradients are summed over ranks."""
+def call_replicated(module: nn.Module, group: Any, *args: Any, share: float = 1.0) -> Any:
+    """``module(*args)`` on this rank's rows, of a module that all ranks hold: its gradients are summed over ranks.
+
+    ``share`` (`Rows.share`) multiplies the sums.
+    """
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not parameters or not torch.is_grad_enabled():
         return module(*args)
-    summed = {name: sum_gradient(p, group) for name, p in parameters.items()}
+    summed = {name: sum_gradient(scale_gradient(p, share), group) for name, p in parameters.items()}
     return torch.func.functional_call(module, summed, args)

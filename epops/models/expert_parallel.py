@@ -57,7 +57,9 @@ def register(module: ModuleType) -> None:
             def compute(rows: Rows) -> Tensor:
                 return interface.run(self.experts, self.site.group, rows)
 
-            return exchange(self.site, x, interface.unskipped(self.site, top_k_index), top_k_weights, compute)
+            return exchange(
+                self.site, x, interface.unskipped(self.site, top_k_index), top_k_weights, compute, shares=True
+            )
 
     module.EPImplementationInterface.register("epops", EpopsEP)
 

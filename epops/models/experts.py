@@ -31,6 +31,8 @@ class Rows(NamedTuple):
     """(L,) int32 running ends of the groups."""
     scales: Tensor | None = None
     """(C, 1) float32 scales, where the rows are fp8 (`Site.quantized`)."""
+    share: float = 1.0
+    """What gradients of parameters are still to be multiplied by: rows' gradients were divided by a power of two only."""
 
 
 def exchange(
@@ -42,14 +44,18 @@ def exchange(
     *,
     weight_on: str = "output",
     loop: bool = False,
+    shares: bool = False,
 ) -> Tensor:
     """Run ``compute`` on the rows of this rank's experts and sum its results back to the tokens.
 
     ``weight_on``: "output" multiplies results by the router weight while they are summed; "rows" leaves the weight to
     ``compute`` (which finds it in ``Rows.weights``), for models that weight an expert's input.  ``loop``: the model adds one
     expert after another to a result in ``x``'s dtype, so that weighted rows are rounded to it before they are added
-    (where `Site.exact`).
+    (where `Site.exact`).  ``shares``: ``compute`` reads parameters through `linear`, `bias` and `call_replicated` only, which
+    multiply their gradients by `Rows.share`.  Rows' gradients are then never divided by a number of ranks that would round them,
+    as 1 / 3 rounds bf16, and are the one-process model's; what is rounded once more are the gradients of parameters.
     """
+    scale = site.power if shares else site.scale
     shape = x.shape
     x = x.reshape(-1, shape[-1])
     topk_idx = topk_idx.reshape(x.shape[0], -1)
@@ -59,7 +65,7 @@ def exchange(
         "num_experts": site.num_experts,
         "num_slots": site.num_slots,
         "max_tokens": max_tokens,
-        "grad_scale": site.scale,
+        "grad_scale": scale,
     }
     given = (x, participating(site, topk_idx), topk_weights.reshape(topk_idx.shape).float())
     if site.quantized:
@@ -69,15 +75,16 @@ def exchange(
         received = epops.dispatch(*given, **settings)
     weights = received.row_weights
     if weight_on == "rows":
-        # These weights' gradient comes with the rows', which is the experts' share, 1 / R of the token's.
-        weights = scale_gradient(weights, site.scale)
-    y = compute(Rows(received.rows, weights, received.row_expert, received.expert_ends, received.scales))
+        # These weights' gradient comes with the rows', which is the token's divided by the scale.
+        weights = scale_gradient(weights, scale)
+    rows = Rows(received.rows, weights, received.row_expert, received.expert_ends, received.scales, scale / site.scale)
+    y = compute(rows)
     applied: Tensor | None = weights if weight_on == "output" else None
     if site.exact and applied is not None:
         wide = torch.promote_types(y.dtype, topk_weights.dtype)
         rounded = x.dtype if loop else wide
         if rounded != torch.float32:
-            y = (y.to(wide) * scale_gradient(applied, site.scale).to(wide)[:, None]).to(rounded)
+            y = (y.to(wide) * scale_gradient(applied, scale).to(wide)[:, None]).to(rounded)
             applied = None
     combined = epops.combine(
         y,
@@ -90,7 +97,7 @@ def exchange(
         num_tokens=x.shape[0],
         top_k=topk_idx.shape[1],
         out_dtype=torch.promote_types(x.dtype, torch.float32) if site.exact else x.dtype,
-        grad_scale=1.0 / site.scale,
+        grad_scale=1.0 / scale,
     )
     out = combined.out.to(x.dtype)
     return out.reshape(*shape[:-1], out.shape[-1])
@@ -138,11 +145,12 @@ def linear(
 
     ``fused``: in bf16 and fp16 the bias is added before the product is rounded, as in nn.Linear; grouped GEMMs of GPUs cannot.
     """
-    x, weight = _autocast(x, weight)
+    x, weight = _autocast(x, scale_gradient(weight, rows.share))
     if not transposed:
         weight = weight.transpose(-2, -1)
     if fused and bias_of is not None and x.device.type == "cpu" and x.element_size() == 2:
-        return torch.ops.epops.grouped_mm.default(x, weight, rows.ends, bias_of.to(x.dtype))
+        offset = scale_gradient(bias_of, rows.share).to(x.dtype)
+        return torch.ops.epops.grouped_mm.default(x, weight, rows.ends, offset)
     y = epops.grouped_mm(x, weight, rows.ends)
     return y if bias_of is None else y + bias(rows, bias_of).to(y.dtype)
 
@@ -152,7 +160,7 @@ def bias(rows: Rows, values: Tensor) -> Tensor:
 
     Gathered in float32, since the gradient of a gather adds up in the dtype of what was gathered.
     """
-    padded = F.pad(values.float(), [0] * (2 * (values.dim() - 1)) + [0, 1])
+    padded = F.pad(scale_gradient(values.float(), rows.share), [0] * (2 * (values.dim() - 1)) + [0, 1])
     return padded[torch.where(rows.expert < 0, values.shape[0], rows.expert).long()].to(values.dtype)
 
 

@@ -75,7 +75,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     def compute(rows: Rows) -> Tensor:
         return run(self, site.group, rows, wide=self._epops_wide and site.exact)
 
-    return exchange(site, x, unskipped(site, topk_idx), topk_weights, compute, loop=self._epops_loop)
+    return exchange(site, x, unskipped(site, topk_idx), topk_weights, compute, loop=self._epops_loop, shares=True)
 
 
 def unskipped(site: Site, topk_idx: Tensor) -> Tensor:
@@ -90,16 +90,16 @@ def run(self: nn.Module, group: Any, rows: Rows, wide: bool = False) -> Tensor:
     if self.has_gate:
         h = self._apply_gate(h)
     else:
-        h = _activation(self, group, h)
+        h = _activation(self, group, rows, h)
     y = _project(self, rows, h, down, wide)
     if self.has_post_expert_norm:
-        y = call_replicated(self.post_expert_norm, group, _only_valid(rows, y))
+        y = call_replicated(self.post_expert_norm, group, _only_valid(rows, y), share=rows.share)
     return y
 
 
-def _activation(self: nn.Module, group: Any, h: Tensor) -> Tensor:
+def _activation(self: nn.Module, group: Any, rows: Rows, h: Tensor) -> Tensor:
     act = self.act_fn
-    return call_replicated(act, group, h) if isinstance(act, nn.Module) else act(h)
+    return call_replicated(act, group, h, share=rows.share) if isinstance(act, nn.Module) else act(h)
 
 
 def _only_valid(rows: Rows, y: Tensor) -> Tensor:

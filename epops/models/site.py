@@ -97,8 +97,13 @@ class Site:
 
     @property
     def scale(self) -> float:
-        """What the gradient of a loss averaged over ranks is divided by, on its way through the experts."""
+        """What the gradient of a loss averaged over ranks is divided by, on its way to the experts' parameters."""
         return float(self.ep_size) if self.facts.split()[3] == "mean" else 1.0
+
+    @property
+    def power(self) -> float:
+        """The largest power of two in `scale`: what the gradients of rows can be divided by without being rounded."""
+        return float(1 << (int(self.scale).bit_length() - 1))
 
     @property
     def exact(self) -> bool:

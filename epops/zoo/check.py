@@ -161,6 +161,7 @@ def gradients(
         "error": errors[worst],
         "limit": limits[worst],
         "worst": worst,
+        "over": {name: error for name, error in errors.items() if error > LIMIT[dtype]},
         "flips": flipped,
         "breaks": graph_breaks(),
     }

@@ -109,6 +109,9 @@ def test_generate_with_a_static_cache(family: str) -> None:
 def test_the_check_sees_a_bias_that_is_off_by_a_thousandth() -> None:
     results = run_ranks(_gradients_with_other_weights, 2, "gpt_oss")
     assert max(found["error"] / found["limit"] for found in results) > 3
+    assert all(found["over"][found["worst"]] == found["error"] for found in results), (
+        "what is beyond the limit is named"
+    )
 
 
 def test_the_check_sees_a_family_that_is_not_sharded() -> None:

@@ -127,6 +127,71 @@ def test_sum_reduction_leaves_out_the_division() -> None:
     run_ranks(_check_sum, 2)
 
 
+def _gradients_of_both(family: str, group: epops.ExpertGroup, backend: str | None) -> tuple[dict[str, Any], ...]:
+    """Gradients of experts and of everything else with the mean and with the sum over ranks, in bf16: (mean, sum) of each."""
+    experts: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    batch = zoo.inputs(family, zoo.tiny(family), seqlen=5 + group.rank, seed=group.rank)
+    for reduce in ("mean", "sum"):
+        torch.compiler.reset()
+        model = epops.parallelize(zoo.tiny(family, dtype=torch.bfloat16), group, grad_reduce=reduce)
+        own = {id(p) for p in epops.expert_parameters(model)}
+        called = torch.compile(model, fullgraph=True, backend=backend) if backend else model
+        run(called, batch)[1].backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                below = id(p) in own or "post_expert_norm" in name  # every rank has the norm, for its rows
+                (experts if below else others).setdefault(name, []).append(p.grad)
+    return experts, others
+
+
+def _check_rows_exact(rank: int, size: int, families: list[str], backend: str | None) -> None:
+    with epops.ExpertGroup(None, max_tokens=64, timeout=240.0) as group:
+        for family in families:
+            experts, others = _gradients_of_both(family, group, backend)
+            assert others and experts, family
+            for name, (mean, total) in others.items():
+                assert torch.equal(mean, total), f"{family}: the number of ranks rounded what reaches {name}"
+            for name, (mean, total) in experts.items():
+                # both are rounded to bf16, the mean once more than the sum
+                off = (mean.float() - total.float() / size).abs() / (total.float().abs() / size).clamp(min=1e-30)
+                assert off.max() <= 2**-7, f"{family}: {name} is not the mean over ranks, {off.max():.1e} off"
+
+
+# Experts with biases, in modules of their own, weighted before them, in the attention, as embeddings, with a norm behind them.
+ROWS_EXACT = ["mixtral", "gpt_oss", "nllb_moe", "llama4", "jetmoe", "doge", "muse_spark", "dbrx"]
+
+
+@pytest.mark.parametrize(("size", "families"), [(3, ROWS_EXACT), (5, ["glm5_next"])])
+def test_a_number_of_ranks_that_is_no_power_of_two_rounds_no_row(size: int, families: list[str]) -> None:
+    run_ranks(_check_rows_exact, size, families, None, timeout=400.0)
+
+
+def test_it_rounds_no_row_of_a_compiled_model() -> None:
+    run_ranks(_check_rows_exact, 3, ["gpt_oss"], "aot_eager", timeout=500.0)
+
+
+def _check_foreign(rank: int, size: int) -> None:
+    """An adapter of one's own that reads its parameter by itself knows nothing of `Rows.share`."""
+    from epops.models.experts import exchange
+    from epops.models.site import Site, facts_of, serving
+
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(rank))
+    idx, weights = torch.arange(4)[:, None] % size, torch.ones(4, 1)
+    found = []
+    with epops.ExpertGroup(None, max_tokens=4) as group:
+        for reduce in ("mean", "sum"):
+            factor = torch.ones(16, requires_grad=True)
+            site = Site("mine", facts_of(size, 1, group, reduce), serving(group))
+            exchange(site, x, idx, weights, lambda rows, factor=factor: rows.x * factor).sum().backward()
+            found.append(factor.grad)
+    close(found[0] * size, found[1], "gradient", 1e-6)
+
+
+def test_experts_that_read_their_parameters_themselves_get_the_mean() -> None:
+    run_ranks(_check_foreign, 3)
+
+
 def _check_unequal(rank: int, size: int, settings: list[dict[str, Any]], said: str) -> None:
     batch = zoo.inputs("mixtral", zoo.tiny("mixtral"), seed=rank)
     with epops.ExpertGroup(None, max_tokens=64, timeout=30) as group:

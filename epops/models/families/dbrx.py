@@ -30,5 +30,5 @@ def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
         up = linear(rows, rows.x, mlp.v1.view(shape))
         return linear(rows, gate * up, mlp.w2.view(shape), transposed=True)
 
-    y = exchange(here, hidden_states, top_k_index, top_k_weights, compute, loop=True)
+    y = exchange(here, hidden_states, top_k_index, top_k_weights, compute, loop=True, shares=True)
     return y.reshape(hidden_states.shape[0], -1, self.hidden_size)

@@ -46,5 +46,5 @@ def forward(self: nn.Module, hidden_states: Tensor, **_: object) -> tuple[Tensor
         return share.float() * up.float() if here.exact else share * up
 
     shared = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-    routed = exchange(here, hidden_states, experts, weights, compute, weight_on="rows")
+    routed = exchange(here, hidden_states, experts, weights, compute, weight_on="rows", shares=True)
     return shared + torch.reshape(routed, shared.shape), logits

@@ -44,7 +44,7 @@ def forward(
         def compute(rows: Rows, experts: nn.Module = block.experts) -> Tensor:
             return interface.run(experts, here.group, rows)
 
-        outputs.append(exchange(here, x, torch.where(mine[:, None], selected, -1), weights, compute))
+        outputs.append(exchange(here, x, torch.where(mine[:, None], selected, -1), weights, compute, shares=True))
         logits.append(scores)
     y = (outputs[0] + outputs[1]).reshape(hidden_states.shape)
     if self.shared_experts is not None:

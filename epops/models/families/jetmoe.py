@@ -53,7 +53,7 @@ def mlp_forward(self: nn.Module, layer_input: Tensor) -> Tensor:
         gate, up = linear(rows, rows.x, self.input_linear.weight).chunk(2, dim=-1)
         return linear(rows, self.activation(gate) * up, self.output_linear.weight)
 
-    return exchange(site(self), layer_input, experts, weights, compute, loop=True) + self.bias
+    return exchange(site(self), layer_input, experts, weights, compute, loop=True, shares=True) + self.bias
 
 
 def _place(rows: Rows, top_k: int) -> Tensor:
@@ -76,7 +76,7 @@ def attention_map(self: nn.Module, layer_input: Tensor) -> tuple[Tensor, Tensor,
         query = linear(rows, rows.x, self.input_linear.weight)
         return (query[:, None, :] * _place(rows, self.top_k)[:, :, None]).flatten(1)
 
-    queries = exchange(site(self), x, experts, _places(experts), compute, weight_on="rows")
+    queries = exchange(site(self), x, experts, _places(experts), compute, weight_on="rows", shares=True)
     return queries.view(batch, length, self.top_k, -1), logits, (experts, weights)
 
 
@@ -94,5 +94,5 @@ def attention_reduce(self: nn.Module, layer_input: Tensor, topo_info: tuple[Tens
         weight = (rows.x[:, top_k * width :][:, :top_k] * place).sum(dim=1, keepdim=True)
         return linear(rows, mine, self.output_linear.weight) * weight
 
-    y = exchange(site(self), x, experts, _places(experts), compute, weight_on="rows")
+    y = exchange(site(self), x, experts, _places(experts), compute, weight_on="rows", shares=True)
     return y.view(batch, length, self.input_size) + self.bias

@@ -31,5 +31,5 @@ def forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = linear(rows, weighted, experts.gate_up_proj, transposed=True).chunk(2, dim=-1)
         return linear(rows, up * experts.act_fn(gate), experts.down_proj, transposed=True)
 
-    routed = exchange(site(self), x, selected, scores.gather(1, selected), compute, weight_on="rows")
+    routed = exchange(site(self), x, selected, scores.gather(1, selected), compute, weight_on="rows", shares=True)
     return self.shared_expert(x) + routed, logits

@@ -31,6 +31,8 @@ def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
         return linear(rows, self.act_fn(gate) * up, self.down_proj)
 
     zero = top_k_index >= here.num_experts
-    routed = exchange(here, hidden_states, torch.where(zero, -1, top_k_index), top_k_weights, compute, loop=True)
+    routed = exchange(
+        here, hidden_states, torch.where(zero, -1, top_k_index), top_k_weights, compute, loop=True, shares=True
+    )
     kept = (top_k_weights * zero).sum(dim=-1, keepdim=True)
     return routed + (hidden_states * kept).to(hidden_states.dtype)

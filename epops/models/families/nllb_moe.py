@@ -42,4 +42,4 @@ def forward(self: nn.Module, hidden_states: Tensor, router_mask: Tensor, router_
             y = self.token_dropout(y) if self.training else y * (1 - self.moe_token_dropout)
         return y
 
-    return exchange(site(self), hidden_states, selected, weights, compute, loop=True)
+    return exchange(site(self), hidden_states, selected, weights, compute, loop=True, shares=True)

@@ -30,4 +30,4 @@ def forward(self: nn.Module, hidden_states: Tensor, selected_experts: Tensor, ro
     """``selected_experts`` (T, 1, E): one 1 at the token's expert, or zeros where the token was dropped."""
     chosen, expert = selected_experts.max(dim=-1)
     selected = torch.where(chosen > 0, expert, -1)
-    return exchange(site(self), hidden_states, selected, routing_weights, self.stacked, loop=True)
+    return exchange(site(self), hidden_states, selected, routing_weights, self.stacked, loop=True, shares=True)

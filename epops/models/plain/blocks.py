@@ -125,7 +125,9 @@ def _install(module: nn.Module, loop: Loop, reading: Reading, compute_of: Callab
         assert site is not None
         weights = idx.new_ones(idx.shape, dtype=x.dtype) if weights is None else weights
         loop = not isinstance(out, Tensor) or out.dtype == x.dtype
-        return _added(out, exchange(site, x.reshape(-1, x.shape[-1]), idx, weights, compute_of(module), loop=loop))
+        return _added(
+            out, exchange(site, x.reshape(-1, x.shape[-1]), idx, weights, compute_of(module), loop=loop, shares=True)
+        )
 
     set_method(module, ROUTED, routed)
     set_method(module, loop.method, loop.replaced(reading.x, reading.idx, reading.weights))

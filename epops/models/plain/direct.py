@@ -113,7 +113,7 @@ def _plan(module: nn.Module, name: str, order: tuple[int, int, int], experts: An
             assert site is not None, "installed by parallelize only"
             given = args + tuple(kwargs[n] for n in names[len(args) :])
             x, idx, weights = (given[position] for position in order)
-            return exchange(site, x, idx, weights, compute_of(self), loop=True)
+            return exchange(site, x, idx, weights, compute_of(self), loop=True, shares=True)
 
         return forward
 

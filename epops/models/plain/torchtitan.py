@@ -81,7 +81,9 @@ def _over_ranks(self: nn.Module, x: Tensor, selected: Tensor, scores: Tensor) ->
             given = given.bfloat16()  # as torchtitan's grouped experts do, whatever the model's dtype
         return MLP(self.experts, rows._replace(x=given)).to(rows.x.dtype)
 
-    return exchange(site, x, selected, scores, compute, weight_on="rows" if self.score_before_experts else "output")
+    return exchange(
+        site, x, selected, scores, compute, weight_on="rows" if self.score_before_experts else "output", shares=True
+    )
 
 
 def _local(self: nn.Module, x: Tensor, selected: Tensor, scores: Tensor) -> Tensor:
