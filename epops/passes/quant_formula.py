@@ -41,6 +41,8 @@ def recognize(term: Term, hidden: Any) -> Quantizer:
     if not isinstance(term.padding, int) or (hidden + term.padding) % term.width or term.padding >= term.width:
         raise Unknown(f"blocks of {term.width} channels do not divide rows of {hidden}")
     factor = expr[2]
+    if term.padding and term.row != hidden:
+        raise Unknown(f"what it lengthens are parts of {term.row} channels, not the rows of {hidden}")
     block = 0 if term.width == hidden else term.width
     if expr[0] == "div":
         math_word, scale = "divide", factor

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import epops
-from epops.ops.all_to_all_quant import WHOLE, pack, unpack
 from epops.passes.graph_facts import op_name
+from epops.reference.pack_rows import WHOLE, pack, unpack
 from epops.reference.quantize import quantize_rows
 from epops.testing import captured, count_ops
 from tests.ops.test_all_to_all import table

@@ -218,6 +218,36 @@ def test_leaves_partial_uses_alone(block):
     assert blocks.text(graph.before) == blocks.text(graph.after)
 
 
+def of_cut_and_padded_rows(x):
+    """Three parts a row, each of them padded: not the blocks that rows of so many channels have."""
+    wide = torch.nn.functional.pad(x.float().view(-1, 64), (0, 64))
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-6) / quantizers.TOP
+    return (wide / scale)[:, :64].to(quantizers.FP8).view(-1, 192), scale.view(-1, 3)
+
+
+def of_cut_blocks(x):
+    """What is left out are channels of every block, not those that lengthened the rows."""
+    wide = torch.nn.functional.pad(x.float(), (0, 64)).view(-1, 2, 128)
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-6) / quantizers.TOP
+    return (wide / scale)[..., :64].to(quantizers.FP8).flatten(1), scale[..., 0]
+
+
+def of_blocks_across_rows(x):
+    wide = x.float().reshape(-1, 384)
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-6) / quantizers.TOP
+    return (wide / scale).to(quantizers.FP8).view(-1, 192), scale.view(-1, 1).expand(-1, 2).reshape(-1, 1)
+
+
+@pytest.mark.parametrize("quantizer", [of_cut_and_padded_rows, of_cut_blocks, of_blocks_across_rows])
+@pytest.mark.parametrize("where", [after, before], ids=["after", "before"])
+def test_blocks_of_other_channels(quantizer, where):
+    given = rows(tokens=8)
+    given["x"] = given["x"][:, :192].contiguous()
+    graph = blocks.passed(where(quantizer), given, passes=[fuse_quant], exact=True)
+    assert graph.rewrites == {"fuse_quant": 0}
+    assert graph.declined
+
+
 def test_scales_derived_from_the_scales_are_no_obstacle():
     def dequantized(given):
         sent = epops.dispatch(given["x"], given["idx"], given["weights"], group="ep")
