@@ -190,11 +190,22 @@ def _require_alone(known: set[Node], *nodes: Node) -> None:
 
 
 def _require_kernel(found: Quantizer, rows: torch.Tensor) -> None:
-    """The CUDA kernels have `QUANT_BLOCKS`; they round scales by their bits, not by log2, send rows of whole 16 bytes, and have no
-    infinities of float8_e5m2."""
+    """The CUDA kernels have `QUANT_BLOCKS`, send rows of whole 16 bytes, and have no infinities of float8_e5m2.
+
+    They round scales up by their bits.  ``2 ** ceil(log2(s))`` is something else: log2 rounds, the more coarsely the farther s is
+    from 1, so numbers just above a power of two come out as that power's exponent, and on CUDA, where it may be off by one unit
+    in its last place, which of them do is the business of the library that torch was built with.  (exp2 of whole numbers is
+    exact.)
+    """
     if rows.device.type != "cuda":
         return
-    if found.block not in QUANT_BLOCKS or rows.shape[-1] % 16 or found.scale_math.endswith("_log2"):
+    if found.scale_math.endswith("_log2"):
+        raise Unknown(
+            "its scales are 2 ** ceil(log2(s)), and log2 on CUDA takes some numbers just above a power of two for that "
+            "power, which the kernels' rounding by the bits does not; write epops.quantize(scale_format='ue8m0'), or round "
+            "by the bits"
+        )
+    if found.block not in QUANT_BLOCKS or rows.shape[-1] % 16:
         raise Unknown(
             f"the CUDA kernels have no {found.scale_math} with blocks of {found.block} in rows of {rows.shape[-1]}"
         )

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import epops
+from epops.passes.decline_log import listen
 from epops.passes.fuse_quant import fuse_quant
 from epops.testing import count_ops, normalized_graph
 from tests.passes import blocks, quantizers
@@ -309,6 +310,17 @@ def test_on_cuda_what_the_kernels_have(quantizer, count):
     graph = on_cuda(quantizer)
     assert fuse_quant(graph) == count
     assert fuse_quant(graph) == 0
+
+
+def powers_of_two_by_log2(x):
+    scale = torch.exp2(torch.ceil(torch.log2(x.float().abs().amax(-1, keepdim=True).clamp(min=1e-4) / quantizers.TOP)))
+    return (x.float() / scale).clamp(-quantizers.TOP, quantizers.TOP).to(quantizers.FP8), scale
+
+
+def test_it_says_why_log2_stays_on_cuda():
+    with listen() as declined:
+        assert fuse_quant(on_cuda(powers_of_two_by_log2)) == 0
+    assert "2 ** ceil(log2(s))" in declined[0].reason and "scale_format='ue8m0'" in declined[0].reason
 
 
 def test_dynamic_token_count():
