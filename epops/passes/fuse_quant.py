@@ -25,7 +25,7 @@ from .graph_facts import (
     writes,
 )
 from .quant_all_to_all import quantize_all_to_all
-from .quant_formula import Quantizer, Unknown, recognize
+from .quant_formula import Quantizer, Unknown, recognize, variants
 from .quant_terms import FP8, Term, read_terms
 from .quant_uses import FLOATS, RULE, read_uses, require_unwritten
 from .rewriting import call, closure_after, erase_unused, hoist, reshape_like
@@ -175,8 +175,9 @@ def _read_pair(root: Node, terms: dict[Node, Term], rows: Node, scales: Node) ->
     if terms[rows].padded or not known_equal(source.numel(), shape[0] * shape[1]):
         raise Unknown("it sends rows that are longer than those that were quantized")
     found = recognize(terms[rows], shape[1])
-    if terms[scales].expr == found.scale:
-        return found
+    for one in variants(found):
+        if terms[scales].expr == one.scale:
+            return one
     if found.scale_format == "float32_pow2" and terms[scales].expr == ("to", found.scale, torch.float8_e8m0fnu):
         return found._replace(scale_format="ue8m0")
     raise Unknown(f"{scales.name} is not the scale that {rows.name} was quantized by")

@@ -56,6 +56,14 @@ def recognize(term: Term, hidden: Any) -> Quantizer:
     return Quantizer(dtype, block, scale_format, math_word + rounding, eps_on, eps, clamp, scale)
 
 
+def variants(found: Quantizer) -> tuple[Quantizer, ...]:
+    """A quantizer, and those with the same rows but scales by another formula."""
+    if found.scale_math != "reciprocal":
+        return (found,)
+    _, (_, (_, amax, _), top, dtype), _ = found.scale
+    return found, found._replace(scale_math="reciprocal_amax", scale=("div", amax, top, dtype))
+
+
 def _strip_clamp(expr: Expr, top: float) -> tuple[Expr, bool]:
     bounds = {}
     while expr[0] in ("max", "min"):

@@ -33,7 +33,7 @@ SIGNED = (LARGEST, SMALLEST, ("neg", SMALLEST), ENDS)
 class Term(NamedTuple):
     """What a node computes: ``per`` "element" of the rows or "block" of ``width`` channels.
 
-    ``row``: channels of a row of the root.
+    ``row``: channels of a row of the root, ``dtype``: its dtype.
     ``padding``: zeros that lengthened the rows to whole blocks, and ``padded``: they are still there.
     """
 
@@ -43,11 +43,12 @@ class Term(NamedTuple):
     padding: Any = 0
     padded: bool = False
     row: Any = None
+    dtype: torch.dtype | None = None
 
 
 def read_terms(root: Node, allowed: set[Node] | None = None) -> dict[Node, Term]:
     """Terms of the nodes (of ``allowed`` alone, if given) that compute something from the root and numbers, in graph order."""
-    terms = {root: Term("element", X, row=tensor(root).shape[-1])}
+    terms = {root: Term("element", X, row=tensor(root).shape[-1], dtype=tensor(root).dtype)}
     waiting = list(root.users)
     heapq.heapify(waiting)
     while waiting:
@@ -92,6 +93,9 @@ def _cast(node: Node, term: Term | None) -> Term | None:
         if before.dtype == torch.float32 and after.dtype in FP8:
             return term._replace(expr=("fp8", term.expr, after.dtype))
         return None
+    if term.expr[0] == "max" and term.expr[1] in (AMAX, ENDS) and after.dtype == term.dtype:
+        # The rows have the magnitude as it is; of the two numbers only the other one can be rounded.
+        return term._replace(expr=(*term.expr[:2], float(torch.tensor(term.expr[2]).to(after.dtype).item())))
     if after.dtype == torch.bool:
         return term._replace(expr=("ne", term.expr, 0.0))
     return term._replace(expr=("to", term.expr, after.dtype))

@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from .decline_log import declined
 from .graph_facts import between, op_name, tensor, writes
-from .quant_formula import Quantizer, Unknown, recognize
+from .quant_formula import Quantizer, Unknown, recognize, variants
 from .quant_terms import FP8, Term, read_terms
 from .rewriting import erase_unused, reshape_like
 
@@ -52,6 +52,8 @@ def read_uses(exchange: Node, rows: Node) -> Uses | None:
     if len({terms[node].expr for node in casts}) != 1:
         raise Unknown(f"{casts[0].name} and {casts[-1].name} quantize it differently")
     found = recognize(terms[casts[0]], tensor(rows).shape[-1])
+    computed = {term.expr for term in terms.values()}
+    found = next((one for one in variants(found) if one.scale in computed), found)
     outputs = _seen_outside(terms, casts, found)
     require_unwritten(exchange, max(outputs))
     narrow = any(what == "narrow scales" for what in outputs.values())

@@ -249,6 +249,19 @@ def test_blocks_of_other_channels(quantizer, where):
     assert graph.declined
 
 
+def test_one_formula_of_the_scales_is_used_but_not_both():
+    """Rows by a reciprocal: of its inverse and of the quotient of amax, either is the scale, and the other one is something else."""
+
+    def both(given):
+        sent = epops.dispatch(given["x"], given["idx"], given["weights"], group="ep")
+        amax = sent.rows.float().abs().amax(-1, keepdim=True).clamp(1e-4)
+        inverse = quantizers.TOP / amax
+        return valid(sent, (sent.rows * inverse).to(quantizers.FP8), inverse.reciprocal(), amax / quantizers.TOP)
+
+    graph = blocks.passed(both, rows(), passes=[fuse_quant], exact=True)
+    assert graph.rewrites == {"fuse_quant": 0} and graph.declined
+
+
 def test_scales_derived_from_the_scales_are_no_obstacle():
     def dequantized(given):
         sent = epops.dispatch(given["x"], given["idx"], given["weights"], group="ep")
