@@ -49,7 +49,8 @@ def fuse_quant(graph: Graph) -> int:
 
     **Guarantees**: the same bits as the unfused graph in eager mode, in rows and scales, on valid rows (infinities too; a NaN is a
     NaN there too, but may have another sign); whatever else the dispatch returns is unchanged.  Of an all_to_all: on all rows,
-    those behind what came too; its quantizer is compiled as the graph's own would be, so on CUDA it has that one's bits.
+    those behind what came too; on CUDA only those become one that send fp8 and scales, for a quantizer in front of an exchange
+    would be compiled there, and not have eager's bits.
     """
     count = _merge_scales(graph) + quantize_all_to_all(graph)
     for dispatch in epops_calls(graph, ("dispatch",)):

@@ -60,8 +60,14 @@ def _quantized_after(graph: Graph, exchange: Node) -> int:
 
 
 def _require_rows(given: dict[str, Any], found: Quantizer) -> None:
-    """Whole rows travel, all that arrives is known to be there or behind the last one, and fewer bytes travel than before."""
+    """Whole rows travel, all that arrives is known to be there or behind the last one, fewer bytes travel than before, and what is
+    compiled has eager's bits."""
     x = tensor(given["x"])
+    if x.device.type == "cuda":
+        raise Unknown(
+            "what quantizes before it would be compiled, and on CUDA compiled quotients are not always eager's; call "
+            "epops.all_to_all_quant to have it so"
+        )
     last, scatter, gather = x.dim() - 1, given["scatter_dim"], given["gather_dim"]
     if last in (scatter, gather):
         raise Unknown(f"it cuts dim {last}, along which channels share scales")

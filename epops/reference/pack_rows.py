@@ -22,8 +22,8 @@ def unpack(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(…, H) rows and (…, blocks) scales of what `pack` made, in tensors of their own."""
     width = blocks * scale_dtype.itemsize
-    rows = packed[..., width : width + hidden].contiguous().view(row_dtype)
-    scales = packed[..., :width].contiguous()
+    rows = packed.narrow(-1, width, hidden).clone(memory_format=torch.contiguous_format).view(row_dtype)
+    scales = packed.narrow(-1, 0, width).clone(memory_format=torch.contiguous_format)
     if scale_dtype != torch.float8_e8m0fnu:
         return rows, scales.view(scale_dtype)
     # Inductor writes no code that takes bytes for UE8M0, but it casts to it.

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from expecttest import TestCase
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import epops
 from epops.passes import PASSES
+from epops.passes.decline_log import listen
 from epops.passes.fuse_quant import fuse_quant
 from epops.testing import assert_fused, captured, count_ops
 from tests.passes import blocks, quantizers
@@ -266,6 +270,18 @@ def test_a_write_in_between_is_not_crossed(where):
     with graph.inserting_after(taken if where is after else first):
         graph.call_function(torch.ops.aten.zero_.default, (taken if where is after else first.args[0],))
     assert fuse_quant(graph) == 0
+
+
+def test_on_cuda_only_what_is_fp8_already():
+    """On CUDA a compiled quotient is not always eager's: what quantizes stays where it is."""
+    for where, count in ((after, 0), (before, 1)):
+        with FakeTensorMode():
+            given = torch.empty_like(rows(), device="cuda")
+            module = make_fx(where(quantizers.blocks_of_128), decomposition_table=select_decomp_table())(given)
+        module.graph.eliminate_dead_code()
+        with listen() as declined:
+            assert fuse_quant(module.graph) == count
+        assert count or "call epops.all_to_all_quant" in declined[0].reason
 
 
 def test_dynamic_token_count():
