@@ -142,6 +142,19 @@ def test_a_graph_has_one_exchange_and_the_same_results() -> None:
             assert all(map(torch.equal, got, quantized(x))), backend
 
 
+def test_narrow_scales_go_through_inductor() -> None:
+    torch._dynamo.reset()
+
+    def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        got = epops.all_to_all_quant(x, group="ep", block=32, scale_format="ue8m0")
+        return got.rows, got.scales
+
+    with epops.ExpertGroup(None, "ep"):
+        x = rows_of(0, 6, 64) * torch.logspace(-30, 30, 6)[:, None]
+        got = torch.compile(quantized, fullgraph=True, backend="epops")(x)
+        assert all(map(same, got, quantized(x)))
+
+
 def halves(rank: int, size: int) -> None:
     with epops.ExpertGroup(None, "ep") as group:
         settings: dict[str, Any] = {"group": group, "scatter_dim": 0, "gather_dim": 1, "block": 16}
