@@ -79,14 +79,23 @@ QUANT_BLOCKS = (0, 16, 32, 64, 128, 256, 512)
 SCALE_FORMATS = ("float32", "ue8m0", "float32_pow2")
 """``float32``; ``ue8m0``: powers of two as ``torch.float8_e8m0fnu``; ``float32_pow2``: the same powers of two in float32."""
 
-SCALE_MATHS = ("divide", "multiply", "reciprocal", "divide_log2", "multiply_log2", "reciprocal_exact")
+SCALE_MATHS = (
+    "divide",
+    "multiply",
+    "reciprocal",
+    "divide_log2",
+    "multiply_log2",
+    "reciprocal_exact",
+    "reciprocal_amax",
+)
 """How float32 scales s (or their inverses r) and rows q come from a = max |x| of a block, and top, the largest fp8 value.
 
 ``divide``: s = a / top, q = x / s.  ``multiply``: s = a / top, q = x * (1 / s).  Here a / top is what torch computes on the device:
 a correctly rounded quotient on CPU, the product with the float32 1 / top on CUDA.  ``reciprocal``: r = (1 / a) * top, which is
 how torch computes ``top / a`` for a tensor a; q = x * r, s = 1 / r.  ``reciprocal_exact``: the same with r = top / a rounded once
-(what float64 arithmetic rounded to float32 gives).  ``divide_log2`` and ``multiply_log2``: powers of two are 2 ** ceil(log2(s)) in
-float32, which near a power of two is not what rounding up the bits gives, the rule of the others.
+(what float64 arithmetic rounded to float32 gives).  ``reciprocal_amax``: r and q as in ``reciprocal``, but s = a / top.
+``divide_log2`` and ``multiply_log2``: powers of two are 2 ** ceil(log2(s)) in float32, which near a power of two is not what
+rounding up the bits gives, the rule of the others.
 """
 
 SCALE_LAYOUTS = ("row", "column")

@@ -50,6 +50,19 @@ def is_control_deps(node: torch.fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "control_deps"
 
 
+def traced(function: Any, fakes: Any) -> torch.fx.Graph:
+    """The graph of ``function(*fakes)`` in the operators that Inductor's passes see; inputs are fake tensors."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    mode = torch._guards.detect_fake_mode(fakes)
+    assert mode is not None, "fake tensors have a mode"
+    with mode, torch.no_grad():
+        module = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
+    module.graph.eliminate_dead_code()
+    return module.graph
+
+
 def private_backend(kind: str, process_group: Any, prefix: str, timeout: float) -> Any:
     """A gloo or nccl communicator of our own over the ranks of ``process_group``, named by ``prefix`` on all of them.
 

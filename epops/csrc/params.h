@@ -72,7 +72,7 @@ enum RowsAs : int32_t { kCounted = 0, kKept = 1 };
 
 enum Layout : int32_t { kExpert = 0, kRank = 1, kBatched = 2 };
 enum ScaleFormat : int32_t { kFloat32 = 0, kUe8m0 = 1, kFloat32Pow2 = 2 };
-enum ScaleMath : int32_t { kDivide = 0, kMultiply = 1, kReciprocal = 2, kReciprocalExact = 3 };
+enum ScaleMath : int32_t { kDivide = 0, kMultiply = 1, kReciprocal = 2, kReciprocalExact = 3, kReciprocalAmax = 4 };
 enum DType : int32_t { kBf16 = 0, kFp16 = 1, kFp32 = 2, kBytes = 3 };
 
 struct Quant {

@@ -148,7 +148,7 @@ __device__ __forceinline__ Scale make_scale(float amax, const Quant& q) {
   } else {
     // What torch computes on CUDA where a tensor is divided by a number.
     s.value = __fmul_rn(amax, q.top_inverse);
-    s.inverse = 0.f;
+    s.inverse = q.math == kReciprocalAmax ? __fmul_rn(__frcp_rn(amax), q.top) : 0.f;
   }
   if (q.eps_on_scale) s.value = max_nan(s.value, q.eps);
   if (q.format != kFloat32) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ Scale make_scale(float amax, const Quant& q) {
     exponent = min(max(exponent, 1), 254);
     s.value = __uint_as_float(static_cast<uint32_t>(exponent) << 23);
   }
-  const bool given = q.math == kReciprocal || q.math == kReciprocalExact;
+  const bool given = q.math >= kReciprocal;
   if (!given || q.eps_on_scale || q.format != kFloat32) s.inverse = __frcp_rn(s.value);
   return s;
 }

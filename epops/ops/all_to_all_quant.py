@@ -14,6 +14,7 @@ from .. import layout as words
 from ..group import get_group
 from ..meta.checks import fail
 from ..meta.dispatch import check_quant
+from ..reference.pack_rows import pack, unpack
 from ..reference.quantize import quantize_rows
 from .all_to_all import all_to_all_arguments, goes_back_ragged, way_back
 from .registry import call
@@ -27,8 +28,6 @@ DEFAULTS: dict[str, Any] = {
     "eps": 1e-12,
     "clamp": True,
 }
-WHOLE = 16
-"""Packed rows are a multiple of this many bytes, so that kernels move them in their largest steps."""
 
 
 class AllToAllQuantResult(NamedTuple):
@@ -146,22 +145,6 @@ def _exchange(
     dtype = torch.float8_e8m0fnu if quant["scale_format"] == "ue8m0" else torch.float32
     blocks = words.num_scales(x.shape[-1], quant["block"])
     return *unpack(got, x.shape[-1], blocks, quant["quant_dtype"], dtype), counts, status
-
-
-def pack(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """(T, H) fp8 and (T, blocks) scales as (T, W) bytes: the scales, the rows, and zeros up to a multiple of `WHOLE`."""
-    parts = scales.view(torch.uint8), rows.view(torch.uint8)
-    used = parts[0].shape[1] + parts[1].shape[1]
-    return torch.cat([*parts, rows.new_zeros((rows.shape[0], -used % WHOLE), dtype=torch.uint8)], dim=1)
-
-
-def unpack(
-    packed: torch.Tensor, hidden: Any, blocks: Any, row_dtype: torch.dtype, scale_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(…, H) rows and (…, blocks) scales of what `pack` made, in tensors of their own."""
-    width = blocks * scale_dtype.itemsize
-    rows = packed[..., width : width + hidden].contiguous().view(row_dtype)
-    return rows, packed[..., :width].contiguous().view(scale_dtype)
 
 
 class _Straight(torch.autograd.Function):

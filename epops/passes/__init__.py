@@ -142,7 +142,8 @@ def _package() -> bytes:
     digest = hashlib.sha256(torch.__version__.encode())
     package = Path(__file__).parent
     beside = [package.parent / name for name in ("schema.py", "torch_private.py", "row_program.py")]
-    for path in [*sorted(package.glob("*.py")), *beside]:
+    written = [package.parent / "reference" / name for name in ("quantize.py", "pack_rows.py")]
+    for path in [*sorted(package.glob("*.py")), *beside, *written]:
         digest.update(path.read_bytes())
     return digest.digest()
 

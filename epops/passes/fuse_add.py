@@ -29,9 +29,12 @@ from .graph_facts import (
     tensor,
 )
 from .rewriting import call, closure_after, erase_unused, hoist, reshape_like, set_arguments
+from .spelled_sums import write_sum
 
 RULE = "fuse_add"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ADDITIONS = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
+PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
 
 
 def fuse_add(graph: Graph) -> int:
@@ -39,6 +42,8 @@ def fuse_add(graph: Graph) -> int:
 
         out = combine(y, route); z = a * out + b * other  -> z = combine(y, route, addend=other, out_scale=a, addend_scale=b)
         z = addcmul(combine(y, route), gate, other)       -> z = combine(y, route, addend=gate * other)
+        z = addmm(combine(y, route), a, b)                -> z = combine(y, route, addend=a @ b)
+        z = stack([combine(y, route), a, b]).sum(0)       -> z = combine(y, route, addend=a + b)
         combine(rows * weights.unsqueeze(-1), route)   -> combine(rows, route, row_weights=weights)
 
     **Requires** of the addition: nobody else sees ``out`` or what it passes through on the way (reshapes, dtype
@@ -49,7 +54,8 @@ def fuse_add(graph: Graph) -> int:
     the backward without the sum.  Of the weights: one float
     weight a row, a product that nobody else reads, a combine without weights.
 
-    **Guarantees**: one rounding, to the dtype that the combine has, where the unfused graph rounded after each step;
+    **Guarantees**: one rounding, to the dtype that the combine has, where the unfused graph rounded after each step (of an addmm
+    the product is rounded too, as what was added to it was); sums of more than two may be in another order;
     the order of exchanges is untouched.
     """
     count, joint = 0, is_joint(graph)
@@ -73,7 +79,7 @@ class Sum(NamedTuple):
     factors: list[float]
     other_scale: float
     between: list[Node]  # casts and scalars on the way from the combine
-    written_out: tuple[Node, Node] | None = None  # an addcmul, and the sum that now stands for it
+    written_out: tuple[Node, Node] | None = None  # another spelling of a sum, and the sum that now stands for it
 
 
 def _fold_addition(graph: Graph, combine: Node, joint: bool) -> int:
@@ -95,7 +101,7 @@ def _fold_addition(graph: Graph, combine: Node, joint: bool) -> int:
             erase_unused([result])
         return 0
     if found.written_out is not None:
-        graph.erase_node(found.written_out[0])
+        erase_unused([found.written_out[0]])
     other, other_scale = _strip_scalar(found.other, found.other_scale, tensor(outs[0]).dtype)
     other = _strip_widening(other)
     moved = closure_after(combine, other)
@@ -129,7 +135,7 @@ def _find_sum(combine: Node, out: Node) -> Sum | None:
     between: list[Node] = []
     while True:
         users = list(current.users)
-        additions = [user for user in users if user.target in (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)]
+        additions = [user for user in users if user.target in ADDITIONS]
         if len(users) != 1:
             if additions:
                 declined(
@@ -137,45 +143,26 @@ def _find_sum(combine: Node, out: Node) -> Sum | None:
                 )
             return None
         user = users[0]
+        written = write_sum(user, current)
+        if written is not None:
+            found = _read_sum(written.add, out, current, [*factors, written.factor], between)
+            assert found is not None, "it is an addition of a tensor"
+            return found._replace(written_out=(written.node, written.result))
         if user.op != "call_function" or sum(item is current for item in user.args) != 1:
             return None
         if additions and not _adds_zero(user, current):
             return _read_sum(user, out, current, factors, between)
-        if user.target is aten.addcmul.default and user.args[0] is current:
-            return _write_out(user, out, current, factors, between)
         factor = _scalar_factor(user, current)
         if additions:
             pass
         elif factor is not None:
             factors.append(factor)
         elif not is_reshape(user) and not (is_cast(user) and tensor(user).dtype in FLOATS):
+            if user.target in PRODUCTS and any(next_.target in ADDITIONS for next_ in user.users):
+                declined(RULE, combine, f"{user.name} is its product with something that is no number known now")
             return None
         between.append(user)
         current = user
-
-
-def _write_out(node: Node, out: Node, operand: Node, factors: list[float], between: list[Node]) -> Sum | None:
-    """The sum that ``addcmul(operand, a, b)`` is, beside it, with a product that is rounded as little."""
-    graph, value = node.graph, node.kwargs.get("value", 1)
-    total = tensor(node)
-    if total is None or total.dtype not in FLOATS or not isinstance(value, (int, float)):
-        return None
-    with graph.inserting_before(node):
-        factors_of = [
-            item
-            if tensor(item).dtype == torch.float32
-            else call(graph, prims.convert_element_type.default, (item, torch.float32), like=node)
-            for item in node.args[1:3]
-        ]
-        product = call(graph, aten.mul.Tensor, factors_of, like=node)
-        add = call(graph, aten.add.Tensor, (operand, product), {"alpha": value} if value != 1 else {}, like=node)
-        result = add
-        if total.dtype != torch.float32:
-            result = call(graph, prims.convert_element_type.default, (add, total.dtype), like=node)
-    node.replace_all_uses_with(result)
-    found = _read_sum(add, out, operand, factors, between)
-    assert found is not None, "it is an addition of a tensor"
-    return found._replace(written_out=(node, result))
 
 
 def _adds_zero(add: Node, operand: Node) -> bool:

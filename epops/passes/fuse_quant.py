@@ -19,18 +19,16 @@ from .graph_facts import (
     is_reshape,
     keeps_values,
     known_equal,
-    op_name,
     result_users,
     results,
     tensor,
     writes,
 )
-from .quant_formula import Quantizer, Unknown, recognize
+from .quant_all_to_all import quantize_all_to_all
+from .quant_formula import Quantizer, Unknown, recognize, variants
 from .quant_terms import FP8, Term, read_terms
+from .quant_uses import FLOATS, RULE, read_uses, require_unwritten
 from .rewriting import call, closure_after, erase_unused, hoist, reshape_like
-
-RULE = "fuse_quant"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fuse_quant(graph: Graph) -> int:
@@ -39,17 +37,22 @@ def fuse_quant(graph: Graph) -> int:
         rows = dispatch(x).rows; q, s = quantize(rows)   ->  q, s = dispatch_quant(x)
         q, s = quantize(x); dispatch(q, x_scales=s)      ->  dispatch_quant(x)
         q, s = quantize(x); dispatch(q), dispatch(s)     ->  dispatch(q, x_scales=s), and then as above
+        q, s = quantize(all_to_all(x).rows)              ->  q, s = all_to_all_quant(x)
+        all_to_all(q).rows, all_to_all(s).rows           ->  all_to_all of each row's scales and fp8, as one row of bytes
 
     Quantizing a row needs that row alone, so it commutes with routing.
 
     **Requires**: a formula that `quant_formula` reads exactly (block, format and rounding of the scales, eps,
     clamping, the order of roundings); nothing but the formula sees the unquantized rows, or only this dispatch the
-    quantized ones; nothing written in between.
+    quantized ones; nothing written in between.  Of an all_to_all: rows (the last dim) stay whole; two that become one have the
+    same splits, dims and room.
 
     **Guarantees**: the same bits as the unfused graph in eager mode, in rows and scales, on valid rows (infinities too; a NaN is a
-    NaN there too, but may have another sign); whatever else the dispatch returns is unchanged.
+    NaN there too, but may have another sign); whatever else the dispatch returns is unchanged.  Of an all_to_all: on all rows,
+    those behind what came too; on CUDA only those become one that send fp8 and scales, for a quantizer in front of an exchange
+    would be compiled there, and not have eager's bits.
     """
-    count = _merge_scales(graph)
+    count = _merge_scales(graph) + quantize_all_to_all(graph)
     for dispatch in epops_calls(graph, ("dispatch",)):
         given = arguments(dispatch)
         sent = tensor(given["x"])
@@ -69,85 +72,23 @@ def _quantized_after(graph: Graph, dispatch: Node, given: dict[str, Any]) -> int
     rows = results(dispatch, 0)
     if len(rows) != 1:
         return 0
-    terms = read_terms(rows[0])
-    casts = [node for node, term in terms.items() if term.expr[0] == "fp8"]
-    if not casts:
-        cast = _some_cast(rows[0])
-        if cast is not None:
-            declined(RULE, dispatch, f"{cast.name} is computed from its rows by a formula that is no known quantizer")
-        return 0
     try:
-        if len({terms[node].expr for node in casts}) != 1:
-            raise Unknown(f"{casts[0].name} and {casts[-1].name} quantize it differently")
+        used = read_uses(dispatch, rows[0])
+        if used is None:
+            return 0
         if result_users(dispatch, 1):
             raise Unknown("its empty scales are used")
-        found = recognize(terms[casts[0]], tensor(rows[0]).shape[-1])
-        _require_kernel(found, tensor(rows[0]))
-        outputs = _seen_outside(terms, casts, found)
-        _require_unwritten(dispatch, max(outputs))
+        _require_kernel(used.quantizer, tensor(rows[0]))
     except Unknown as reason:
         declined(RULE, dispatch, str(reason))
         return 0
-    narrow = [node for node, what in outputs.items() if what == "narrow scales"]
-    if narrow and not any(what == "scales" for what in outputs.values()) and found.scale_format == "float32_pow2":
-        found = found._replace(scale_format="ue8m0")
-    fused = _quantizing(graph, dispatch, given, given["x"], found)
-    new_rows, new_scales = _results_of(graph, fused)
-    for node, what in outputs.items():
-        if what == "narrow scales" and found.scale_format != "ue8m0":
-            continue  # still a cast of the float32 scales
-        with graph.inserting_before(node):
-            replacement = reshape_like(graph, new_rows if what == "rows" else new_scales, node)
-        node.replace_all_uses_with(replacement)
+    fused = _quantizing(graph, dispatch, given, given["x"], used.quantizer)
+    used.replace(graph, *_results_of(graph, fused))
     _replace_dispatch(dispatch, fused, (0, 1))
-    erase_unused(sorted(terms, reverse=True))
+    used.erase()
     erase_unused(dispatch.users)
     graph.erase_node(dispatch)
     return 1
-
-
-def _some_cast(rows: Node) -> Node | None:
-    """A cast to fp8 of something near the rows."""
-    seen, waiting = {rows}, [rows]
-    while waiting and len(seen) < 40:
-        for user in waiting.pop(0).users:
-            found = tensor(user)
-            if found is not None and found.dtype in FP8:
-                return user
-            if found is not None and user not in seen and op_name(user) is None:
-                seen.add(user)
-                waiting.append(user)
-    return None
-
-
-def _seen_outside(terms: dict[Node, Term], casts: list[Node], found: Quantizer) -> dict[Node, str]:
-    """Nodes of the quantizer that others use, and what each is: "rows", "scales" or "narrow scales" (UE8M0)."""
-    narrow = ("to", found.scale, torch.float8_e8m0fnu)
-    formula = {node for node, term in terms.items() if term.expr in (found.scale, narrow, terms[casts[0]].expr)}
-    stack = [*formula, *casts]
-    formula.update(casts)
-    while stack:
-        for node in stack.pop().all_input_nodes:
-            if node in terms and node not in formula:
-                formula.add(node)
-                stack.append(node)
-    outputs: dict[Node, str] = {}
-    for node in sorted(formula):
-        others = [user for user in node.users if user not in formula]
-        term = terms[node]
-        if not others:
-            continue
-        if term.expr == terms[casts[0]].expr and not term.padded:
-            outputs[node] = "rows"
-        elif term.per == "block" and term.expr == found.scale:
-            outputs[node] = "scales"
-        elif term.per == "block" and term.expr == narrow:
-            outputs[node] = "narrow scales"
-        else:
-            raise Unknown(f"{node.name} is used by {others[0].name} besides the quantizer")
-    if "rows" not in outputs.values():
-        raise Unknown("nobody uses the quantized rows")
-    return outputs
 
 
 # ---- dispatch(quantize(x)) -----------------------------------------------------------------------------------------
@@ -171,7 +112,7 @@ def _quantized_before(graph: Graph, dispatch: Node, given: dict[str, Any]) -> in
                 found = _read_pair(root, terms, rows, scales)
                 _require_kernel(found, tensor(rows))
                 _require_alone({dispatch, *formula}, rows, scales)
-                _require_unwritten(root, dispatch)
+                require_unwritten(root, dispatch)
                 break
             except Unknown as error:
                 reason = str(error)
@@ -235,8 +176,9 @@ def _read_pair(root: Node, terms: dict[Node, Term], rows: Node, scales: Node) ->
     if terms[rows].padded or not known_equal(source.numel(), shape[0] * shape[1]):
         raise Unknown("it sends rows that are longer than those that were quantized")
     found = recognize(terms[rows], shape[1])
-    if terms[scales].expr == found.scale:
-        return found
+    for one in variants(found):
+        if terms[scales].expr == one.scale:
+            return one
     if found.scale_format == "float32_pow2" and terms[scales].expr == ("to", found.scale, torch.float8_e8m0fnu):
         return found._replace(scale_format="ue8m0")
     raise Unknown(f"{scales.name} is not the scale that {rows.name} was quantized by")
@@ -250,22 +192,27 @@ def _require_alone(known: set[Node], *nodes: Node) -> None:
 
 
 def _require_kernel(found: Quantizer, rows: torch.Tensor) -> None:
-    """The CUDA kernels have `QUANT_BLOCKS`; they round scales by their bits, not by log2, send rows of whole 16 bytes, and have no
-    infinities of float8_e5m2."""
+    """The CUDA kernels have `QUANT_BLOCKS`, send rows of whole 16 bytes, and have no infinities of float8_e5m2.
+
+    They round scales up by their bits.  ``2 ** ceil(log2(s))`` is something else: log2 rounds, the more coarsely the farther s is
+    from 1, so numbers just above a power of two come out as that power's exponent, and on CUDA, where it may be off by one unit
+    in its last place, which of them do is the business of the library that torch was built with.  (exp2 of whole numbers is
+    exact.)
+    """
     if rows.device.type != "cuda":
         return
-    if found.block not in QUANT_BLOCKS or rows.shape[-1] % 16 or found.scale_math.endswith("_log2"):
+    if found.scale_math.endswith("_log2"):
+        raise Unknown(
+            "its scales are 2 ** ceil(log2(s)), and log2 on CUDA takes some numbers just above a power of two for that "
+            "power, which the kernels' rounding by the bits does not; write epops.quantize(scale_format='ue8m0'), or round "
+            "by the bits"
+        )
+    if found.block not in QUANT_BLOCKS or rows.shape[-1] % 16:
         raise Unknown(
             f"the CUDA kernels have no {found.scale_math} with blocks of {found.block} in rows of {rows.shape[-1]}"
         )
     if found.quant_dtype == torch.float8_e5m2 and not found.clamp:
         raise Unknown("the CUDA kernels clamp, and what overflows float8_e5m2 without is infinite")
-
-
-def _require_unwritten(first: Node, last: Node) -> None:
-    written = next((node for node in between(first, last) if writes(node)), None)
-    if written is not None:
-        raise Unknown(f"{written.name} writes in place in between")
 
 
 # ---- the new dispatch ------------------------------------------------------------------------------------------------

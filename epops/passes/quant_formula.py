@@ -41,6 +41,8 @@ def recognize(term: Term, hidden: Any) -> Quantizer:
     if not isinstance(term.padding, int) or (hidden + term.padding) % term.width or term.padding >= term.width:
         raise Unknown(f"blocks of {term.width} channels do not divide rows of {hidden}")
     factor = expr[2]
+    if term.padding and term.row != hidden:
+        raise Unknown(f"what it lengthens are parts of {term.row} channels, not the rows of {hidden}")
     block = 0 if term.width == hidden else term.width
     if expr[0] == "div":
         math_word, scale = "divide", factor
@@ -52,6 +54,14 @@ def recognize(term: Term, hidden: Any) -> Quantizer:
         return Quantizer(dtype, block, "float32", math_word, "amax", eps, clamp, scale)
     scale_format, rounding, eps_on, eps = _read_scale(scale, top)
     return Quantizer(dtype, block, scale_format, math_word + rounding, eps_on, eps, clamp, scale)
+
+
+def variants(found: Quantizer) -> tuple[Quantizer, ...]:
+    """A quantizer, and those with the same rows but scales by another formula."""
+    if found.scale_math != "reciprocal":
+        return (found,)
+    _, (_, (_, amax, _), top, dtype), _ = found.scale
+    return found, found._replace(scale_math="reciprocal_amax", scale=("div", amax, top, dtype))
 
 
 def _strip_clamp(expr: Expr, top: float) -> tuple[Expr, bool]:

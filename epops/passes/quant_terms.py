@@ -33,6 +33,7 @@ SIGNED = (LARGEST, SMALLEST, ("neg", SMALLEST), ENDS)
 class Term(NamedTuple):
     """What a node computes: ``per`` "element" of the rows or "block" of ``width`` channels.
 
+    ``row``: channels of a row of the root, ``dtype``: its dtype.
     ``padding``: zeros that lengthened the rows to whole blocks, and ``padded``: they are still there.
     """
 
@@ -41,11 +42,13 @@ class Term(NamedTuple):
     width: Any = None
     padding: Any = 0
     padded: bool = False
+    row: Any = None
+    dtype: torch.dtype | None = None
 
 
 def read_terms(root: Node, allowed: set[Node] | None = None) -> dict[Node, Term]:
     """Terms of the nodes (of ``allowed`` alone, if given) that compute something from the root and numbers, in graph order."""
-    terms = {root: Term("element", X)}
+    terms = {root: Term("element", X, row=tensor(root).shape[-1], dtype=tensor(root).dtype)}
     waiting = list(root.users)
     heapq.heapify(waiting)
     while waiting:
@@ -90,6 +93,9 @@ def _cast(node: Node, term: Term | None) -> Term | None:
         if before.dtype == torch.float32 and after.dtype in FP8:
             return term._replace(expr=("fp8", term.expr, after.dtype))
         return None
+    if term.expr[0] == "max" and term.expr[1] in (AMAX, ENDS) and after.dtype == term.dtype:
+        # The rows have the magnitude as it is; of the two numbers only the other one can be rounded.
+        return term._replace(expr=(*term.expr[:2], float(torch.tensor(term.expr[2]).to(after.dtype).item())))
     if after.dtype == torch.bool:
         return term._replace(expr=("ne", term.expr, 0.0))
     return term._replace(expr=("to", term.expr, after.dtype))
@@ -129,6 +135,9 @@ def _expand(node: Node, term: Term) -> Term | None:
 def _pad(node: Node, term: Term) -> Term | None:
     value = node.args[2] if len(node.args) > 2 else 0
     pads = node.args[1]
+    before = tensor(node.args[0])
+    if before is None or not known_equal(before.shape[-1], term.row):
+        return None  # not rows but parts of them, or several of them
     if term.expr == X and not term.padding and len(pads) == 2 and pads[0] == 0 and value == 0:
         return term._replace(padding=pads[1], padded=True)
     return None
@@ -142,7 +151,8 @@ def _slice(node: Node, term: Term) -> Term | None:
     after = tensor(node)
     if not term.padded or term.per != "element" or before is None or after is None or dim not in (-1, before.dim() - 1):
         return None
-    whole = start in (0, None) and step == 1 and known_equal(before.shape[-1] - after.shape[-1], term.padding)
+    whole = start in (0, None) and step == 1 and known_equal(after.shape[-1], term.row)
+    whole = whole and known_equal(before.shape[-1] - after.shape[-1], term.padding)
     return term._replace(padded=False) if whole else None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from ..torch_private import traced
 from .graph_facts import (
     COPIES,
     arguments,
@@ -64,6 +65,25 @@ def record_value(node: Node, like: Node) -> None:
         return
     with mode:
         node.meta["val"] = node.target(*args, **kwargs)
+
+
+def write(graph: Graph, function: Any, nodes: Sequence[Node], *, like: Node) -> list[Node]:
+    """Insert what ``function``, of tensors, computes of the values of ``nodes``, with the origin of ``like``; its results."""
+    plain = traced(function, [tensor(node) for node in nodes])
+    inputs = iter(nodes)
+    made: dict[Node, Any] = {}
+    found: Any = ()
+    for node in plain.nodes:
+        if node.op == "placeholder":
+            made[node] = next(inputs)
+        elif node.op == "output":
+            found = map_arg(node.args[0], made.__getitem__)
+        else:
+            assert node.op == "call_function", f"{node.op} in a computation of tensors alone"
+            copy = made[node] = graph.node_copy(node, made.__getitem__)
+            copy.meta = {note: like.meta[note] for note in PASSED_ON if note in like.meta}
+            copy.meta["val"] = node.meta["val"]
+    return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
 def size(graph: Graph, node: Node, dim: int) -> int | Node:

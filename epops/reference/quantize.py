@@ -43,11 +43,11 @@ def quantize_rows(
     if eps_on == "amax":
         amax = amax.clamp(min=eps)
     inverse = None
-    if scale_math == "reciprocal":
+    if scale_math in ("reciprocal", "reciprocal_amax"):
         inverse = amax.reciprocal() * top
     elif scale_math == "reciprocal_exact":
         inverse = (amax.double().reciprocal() * top).float()
-    scale = amax / top if inverse is None else inverse.reciprocal()
+    scale = amax / top if inverse is None or scale_math == "reciprocal_amax" else inverse.reciprocal()
     if eps_on == "scale":
         scale = scale.clamp(min=eps)
         inverse = None if inverse is None else scale.reciprocal()

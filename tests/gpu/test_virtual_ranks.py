@@ -167,7 +167,7 @@ def test_every_hidden_size(hidden):
     run_pair(ranks, shape, 3, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("math", ["divide", "multiply", "reciprocal", "reciprocal_exact"])
+@pytest.mark.parametrize("math", ["divide", "multiply", "reciprocal", "reciprocal_exact", "reciprocal_amax"])
 @pytest.mark.parametrize("fmt", words.SCALE_FORMATS)
 def test_quantizer_is_the_reference_bit_for_bit(math, fmt):
     shape = Shape(2, 40, 2, 8, 4, 1024)

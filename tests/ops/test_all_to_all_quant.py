@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import epops
-from epops.ops.all_to_all_quant import WHOLE, pack, unpack
 from epops.passes.graph_facts import op_name
+from epops.reference.pack_rows import WHOLE, pack, unpack
 from epops.reference.quantize import quantize_rows
 from epops.testing import captured, count_ops
 from tests.ops.test_all_to_all import table
@@ -140,6 +140,19 @@ def test_a_graph_has_one_exchange_and_the_same_results() -> None:
         for backend in ("aot_eager", "epops"):
             got = torch.compile(quantized, fullgraph=True, backend=backend)(x)
             assert all(map(torch.equal, got, quantized(x))), backend
+
+
+def test_narrow_scales_go_through_inductor() -> None:
+    torch._dynamo.reset()
+
+    def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        got = epops.all_to_all_quant(x, group="ep", block=32, scale_format="ue8m0")
+        return got.rows, got.scales
+
+    with epops.ExpertGroup(None, "ep"):
+        x = rows_of(0, 6, 64) * torch.logspace(-30, 30, 6)[:, None]
+        got = torch.compile(quantized, fullgraph=True, backend="epops")(x)
+        assert all(map(same, got, quantized(x)))
 
 
 def halves(rank: int, size: int) -> None:

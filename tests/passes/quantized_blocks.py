@@ -45,6 +45,8 @@ QUANTIZERS: tuple[Callable[[torch.Tensor], Any], ...] = (
     quantizers.per_token_in_float64,  # torchao's
     quantizers.per_token_scaled,
     quantizers.blocks_of_128,
+    quantizers.of_the_amax_twice,
+    quantizers.eps_in_the_dtype_of_the_rows,
     per_token_of_epops,
     blocks_of_epops,
     ue8m0_of_epops,

@@ -75,6 +75,22 @@ def aten_spelling(x):
     return aten._to_copy.default(aten.clamp.default(aten.div.Tensor(wide, scale), -448, 448), dtype=FP8), scale
 
 
+def of_the_amax_twice(x):
+    """Rows by a reciprocal, scales by a quotient: what is returned is not the inverse of what was multiplied by."""
+    tokens, hidden = x.shape
+    view = x.view(tokens, -1, 128)
+    amax = view.abs().float().amax(dim=2).view(tokens, -1).clamp(1e-4)
+    return (view * (TOP / amax.unsqueeze(2))).to(FP8).view(tokens, hidden), (amax / TOP).view(tokens, -1)
+
+
+def eps_in_the_dtype_of_the_rows(x):
+    groups = x.reshape(-1, 128)
+    amax = groups.abs().max(dim=-1, keepdim=True)[0].clamp(min=1e-10).to(torch.float32)
+    scale = amax / TOP
+    rows = (groups / scale).clamp(min=-TOP, max=TOP).to(FP8)
+    return rows.reshape(x.shape), scale.reshape(*x.shape[:-1], -1)
+
+
 def max_of_dim(x):
     scale = torch.max(torch.abs(x.float()), dim=-1)[0].unsqueeze(-1).clamp(1e-12) / TOP
     return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
@@ -146,6 +162,8 @@ KNOWN = {
     per_token_scaled: {"block": 0, "scale_math": "reciprocal", "scale_format": "float32", "clamp": True},
     per_token_in_float64: {"block": 0, "scale_math": "reciprocal_exact", "scale_format": "float32", "clamp": True},
     repeated_scales: {"block": 128, "scale_math": "divide", "eps": 0.0, "clamp": False},
+    of_the_amax_twice: {"block": 128, "scale_math": "reciprocal_amax", "scale_format": "float32", "clamp": False},
+    eps_in_the_dtype_of_the_rows: {"block": 128, "scale_math": "divide", "eps_on": "amax", "clamp": True},
     log2_of_a_minimum: {
         "block": 64,
         "scale_math": "divide_log2",

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import epops
+from epops.passes.decline_log import listen
 from epops.passes.fuse_quant import fuse_quant
 from epops.testing import count_ops, normalized_graph
 from tests.passes import blocks, quantizers
@@ -218,6 +219,49 @@ def test_leaves_partial_uses_alone(block):
     assert blocks.text(graph.before) == blocks.text(graph.after)
 
 
+def of_cut_and_padded_rows(x):
+    """Three parts a row, each of them padded: not the blocks that rows of so many channels have."""
+    wide = torch.nn.functional.pad(x.float().view(-1, 64), (0, 64))
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-6) / quantizers.TOP
+    return (wide / scale)[:, :64].to(quantizers.FP8).view(-1, 192), scale.view(-1, 3)
+
+
+def of_cut_blocks(x):
+    """What is left out are channels of every block, not those that lengthened the rows."""
+    wide = torch.nn.functional.pad(x.float(), (0, 64)).view(-1, 2, 128)
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-6) / quantizers.TOP
+    return (wide / scale)[..., :64].to(quantizers.FP8).flatten(1), scale[..., 0]
+
+
+def of_blocks_across_rows(x):
+    wide = x.float().reshape(-1, 384)
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-6) / quantizers.TOP
+    return (wide / scale).to(quantizers.FP8).view(-1, 192), scale.view(-1, 1).expand(-1, 2).reshape(-1, 1)
+
+
+@pytest.mark.parametrize("quantizer", [of_cut_and_padded_rows, of_cut_blocks, of_blocks_across_rows])
+@pytest.mark.parametrize("where", [after, before], ids=["after", "before"])
+def test_blocks_of_other_channels(quantizer, where):
+    given = rows(tokens=8)
+    given["x"] = given["x"][:, :192].contiguous()
+    graph = blocks.passed(where(quantizer), given, passes=[fuse_quant], exact=True)
+    assert graph.rewrites == {"fuse_quant": 0}
+    assert graph.declined
+
+
+def test_one_formula_of_the_scales_is_used_but_not_both():
+    """Rows by a reciprocal: of its inverse and of the quotient of amax, either is the scale, and the other one is something else."""
+
+    def both(given):
+        sent = epops.dispatch(given["x"], given["idx"], given["weights"], group="ep")
+        amax = sent.rows.float().abs().amax(-1, keepdim=True).clamp(1e-4)
+        inverse = quantizers.TOP / amax
+        return valid(sent, (sent.rows * inverse).to(quantizers.FP8), inverse.reciprocal(), amax / quantizers.TOP)
+
+    graph = blocks.passed(both, rows(), passes=[fuse_quant], exact=True)
+    assert graph.rewrites == {"fuse_quant": 0} and graph.declined
+
+
 def test_scales_derived_from_the_scales_are_no_obstacle():
     def dequantized(given):
         sent = epops.dispatch(given["x"], given["idx"], given["weights"], group="ep")
@@ -279,6 +323,17 @@ def test_on_cuda_what_the_kernels_have(quantizer, count):
     graph = on_cuda(quantizer)
     assert fuse_quant(graph) == count
     assert fuse_quant(graph) == 0
+
+
+def powers_of_two_by_log2(x):
+    scale = torch.exp2(torch.ceil(torch.log2(x.float().abs().amax(-1, keepdim=True).clamp(min=1e-4) / quantizers.TOP)))
+    return (x.float() / scale).clamp(-quantizers.TOP, quantizers.TOP).to(quantizers.FP8), scale
+
+
+def test_it_says_why_log2_stays_on_cuda():
+    with listen() as declined:
+        assert fuse_quant(on_cuda(powers_of_two_by_log2)) == 0
+    assert "2 ** ceil(log2(s))" in declined[0].reason and "scale_format='ue8m0'" in declined[0].reason
 
 
 def test_dynamic_token_count():
