@@ -109,6 +109,48 @@ def heads_scenario(rank, world):
         group.check()
 
 
+def quant_scenario(rank, world):
+    """fp8 and scales in one exchange, from a replayed graph too: what quantizing every rank's rows by themselves gives."""
+    import epops
+    from epops.reference.quantize import quantize_rows
+
+    width = 256
+    kinds = ({}, {"block": 0}, {"scale_format": "ue8m0"})
+    with group_of("quant", timeout=20) as group:
+        for number, quant in enumerate(kinds):
+            splits = splits_of(world, number)
+            bound = int(splits.sum(dim=0).max()) + 3
+            xs = [rows_of(source, int(splits[source].sum()), width).cuda() for source in range(world)]
+            x, ins = xs[rank], splits[rank].cuda()
+            outs = splits[:, rank].contiguous().cuda()
+            made = [quantize_rows(one, **{"block": 128, **quant}) for one in xs]
+            starts = [int(splits[source, :rank].sum()) for source in range(world)]
+            pieces = [slice(starts[source], starts[source] + int(splits[source, rank])) for source in range(world)]
+            want = [torch.cat([pair[part][piece] for pair, piece in zip(made, pieces)]) for part in (0, 1)]
+            given = {"group": group, "out_size": bound, **quant}
+
+            def check(got, want=want, outs=outs):
+                assert got.counts.tolist() == outs.tolist()
+                for ours, theirs in zip(got[:2], want):
+                    assert ours.dtype == theirs.dtype
+                    ours, theirs = ours.view(torch.uint8), theirs.view(torch.uint8)
+                    assert torch.equal(ours[: len(theirs)], theirs) and not ours[len(theirs) :].any()
+
+            check(epops.all_to_all_quant(x, ins, outs, **given))
+            plan = epops.plan_all_to_all(ins, group=group).plan
+            started = epops.all_to_all_quant_start(x, plan=plan, **given)
+            check(epops.all_to_all_quant_wait(started, x, plan=plan, **given))
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                got = epops.all_to_all_quant(x, ins, outs, **given)
+            for _ in range(3):
+                graph.replay()
+            torch.cuda.synchronize()
+            check(got)
+        group.check()
+
+
 def graph_scenario(rank, world):
     """A dispatch, exchanges below and above the ring's turn, and a combine in one graph; splits change from replay to replay."""
     import epops
@@ -222,6 +264,10 @@ def test_tokens_to_heads_and_back_on_views():
 
 def test_a_graph_with_dispatch_and_combine_replays_with_new_splits():
     run_ranks(graph_scenario)
+
+
+def test_fp8_and_scales_in_one_exchange():
+    run_ranks(quant_scenario)
 
 
 def test_hostile_splits_are_reported():
