@@ -87,6 +87,8 @@ def _cast(node: Node, term: Term | None) -> Term | None:
     before, after = tensor(node.args[0]), tensor(node)
     if term is None or before is None or after is None:
         return None
+    if before.dtype == after.dtype and not _fits_the_rows(term):
+        return None
     if keeps_values(before.dtype, after.dtype):
         return term  # arithmetic carries the dtype that it was done in
     if term.per == "element":
@@ -99,6 +101,22 @@ def _cast(node: Node, term: Term | None) -> Term | None:
     if after.dtype == torch.bool:
         return term._replace(expr=("ne", term.expr, 0.0))
     return term._replace(expr=("to", term.expr, after.dtype))
+
+
+def _fits_the_rows(term: Term) -> bool:
+    """Whether rounding to the rows' own dtype changes nothing.
+
+    A cast that changes no dtype is what torch 2.11 leaves of one down and up again (``pointless_convert``): the dtype between
+    is lost, and with it what eager rounded to.  A ``clamp`` of 16-bit magnitudes is traced so: that dtype is the rows'.
+    """
+    if term.dtype is None or term.dtype.itemsize != 2:
+        return False
+    expr = term.expr
+    if expr[0] == "max" and isinstance(expr[2], float):
+        if float(torch.tensor(expr[2]).to(term.dtype).item()) != expr[2]:
+            return False
+        expr = expr[1]
+    return expr in (X, ABS, AMAX, *SIGNED)
 
 
 def _amax(node: Node, term: Term) -> Term | None:

@@ -91,6 +91,13 @@ def eps_in_the_dtype_of_the_rows(x):
     return rows.reshape(x.shape), scale.reshape(*x.shape[:-1], -1)
 
 
+def magnitude_in_the_rows_dtype(x):
+    """A limit that is a number of bfloat16 too."""
+    amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=2.0**-20).to(torch.float32)
+    scale = amax / TOP
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
 def max_of_dim(x):
     scale = torch.max(torch.abs(x.float()), dim=-1)[0].unsqueeze(-1).clamp(1e-12) / TOP
     return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
@@ -164,6 +171,7 @@ KNOWN = {
     repeated_scales: {"block": 128, "scale_math": "divide", "eps": 0.0, "clamp": False},
     of_the_amax_twice: {"block": 128, "scale_math": "reciprocal_amax", "scale_format": "float32", "clamp": False},
     eps_in_the_dtype_of_the_rows: {"block": 128, "scale_math": "divide", "eps_on": "amax", "clamp": True},
+    magnitude_in_the_rows_dtype: {"block": 0, "scale_math": "divide", "eps_on": "amax", "clamp": True},
     log2_of_a_minimum: {
         "block": 64,
         "scale_math": "divide_log2",
