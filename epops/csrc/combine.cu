@@ -131,6 +131,8 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
                                             : words[2];
     touched = touch(p.route + 32 + p.ws.num_ranks + word, 4, 0);
   }
+  const bool dead =
+      threadIdx.x < p.ws.num_ranks && is_dead(p.ws, threadIdx.x);  // asked for with the words of the group
   const uint64_t region = region_bytes(p.ws, p.max_tokens, p.record_bytes);
   const Op op = begin_op(p.ws, region);
   const Team sending = my_team(p.launch.send_warps), t = my_team(p.launch.recv_warps);
@@ -145,7 +147,8 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
       }
     }
   }
-  find_gone(p.ws, op, route, sends, gone);
+  if (threadIdx.x < p.ws.num_ranks) gone[threadIdx.x] = dead;
+  if (op.overlaps) find_gone(p.ws, op, route, sends, gone);
   uint8_t* ring = rings + threadIdx.x / 32 * Ring::kBytes;
   __syncthreads();
   if (threadIdx.x < p.ws.num_ranks && gone[threadIdx.x] == 2) failed = 1;

@@ -82,7 +82,7 @@ __device__ __forceinline__ int peer_of_lane(int rank_of_selection, int me) {
 
 // A record to the peers of the lanes, with its weights, by one warp. Returns the peer, or -1 where it cannot go.
 __device__ __forceinline__ int send_record(const DispatchParams& p, const Board& s, const Op& op, int peer, int token,
-                                           const uint8_t* kept, bool here) {
+                                           const uint8_t* kept, float weight) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
   // A peer that has not opened this op may still read what lies where the record would go.
   if (peer >= 0 && !may_store(p.ws, op, peer)) {
@@ -95,12 +95,10 @@ __device__ __forceinline__ int send_record(const DispatchParams& p, const Board&
                 : 0;
   if (lanes != 0) bulk_store(to, lanes, kept, p.record_bytes);
   bulk_commit();
-  const uint32_t weight =
-      here && lane < p.top_k ? __float_as_uint(p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane]) : 0;
 #pragma unroll 1
   for (uint32_t left = lanes; left != 0; left &= left - 1) {
     const int owner = __shfl_sync(~0u, peer, __ffs(left) - 1);
-    if (lane < p.top_k) entries(p.ws, owner, op.parity, me, token)[lane] = make_uint2(0, weight);
+    if (lane < p.top_k) entries(p.ws, owner, op.parity, me, token)[lane] = make_uint2(0, __float_as_uint(weight));
   }
   return peer;
 }
@@ -165,19 +163,26 @@ __global__ void __launch_bounds__(kKeptThreads, 1) dispatch_kept_kernel(const __
   wait_for_earlier_kernels();
   if (threadIdx.x < 32) trace(1);
   let_next_kernel_launch();
-  int64_t expert = -1;
+  // All that does not depend on what was loaded before is asked for in one go, and what does as soon as that has come.
+  const bool first_warp = keeps && t.part == 0, a_rank = threadIdx.x < p.ws.num_ranks;
+  int64_t expert = -1, expert_slot = -1, wanted = 0;
+  float weight = 0.f;
   Piece<T> piece;
-  if (here) {  // while the first words of the group come
-    expert = load_expert(p, token, lane, lane < p.top_k);
+  if (here) {
+    if (first_warp) expert = load_expert(p, token, lane, lane < p.top_k);
     piece.load(p, token, t.part * 512 + lane * 16);
   }
+  if (a_rank) wanted = ld_now(p.mask + threadIdx.x);
+  const bool dead = a_rank && is_dead(p.ws, threadIdx.x);
   const uint64_t region = region_bytes(p.ws, p.max_tokens, p.record_bytes);
   const Op op = begin_op(p.ws, region);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < p.ws.num_ranks; i += blockDim.x) {
-    const int64_t wanted = p.mask[i];
-    s.takes_part[i] = !is_dead(p.ws, i) & (wanted != 0);
-    s.lost[i] = op.excluded || s.takes_part[i] == 0;
+  if (first_warp && here && lane < p.top_k) {
+    weight = ld_now(p.topk_weights + static_cast<int64_t>(token) * p.top_k + lane);
+    if (expert >= 0 && expert < p.num_experts) expert_slot = ld_now(p.expert_slot + expert);
+  }
+  if (a_rank) {
+    s.takes_part[threadIdx.x] = !dead & (wanted != 0);
+    s.lost[threadIdx.x] = op.excluded || dead || wanted == 0;
   }
   __syncthreads();
   if (threadIdx.x == 0 && op.excluded) s.words[kBits] = kExcluded;
@@ -193,8 +198,7 @@ __global__ void __launch_bounds__(kKeptThreads, 1) dispatch_kept_kernel(const __
   if (keeps && !op.excluded) {
     if (t.part == 0) {
       const Seat seat{0, lane, lane < p.top_k};
-      const Selection found =
-          look_up(p, s.takes_part, seat, expert, [&](int known) { return pack_slot(p, p.expert_slot[known]); });
+      const Selection found = look_up(p, s.takes_part, seat, expert, [&](int) { return pack_slot(p, expert_slot); });
       post_selections(p, s, op, found, token);
       peer = peer_of_lane(found.rank, me);
     }
@@ -207,24 +211,32 @@ __global__ void __launch_bounds__(kKeptThreads, 1) dispatch_kept_kernel(const __
         barrier_sync(2 + t.id, t.parts * 32);
       }
     }
-    if (t.part == 0) peer = send_record(p, s, op, peer, token, kept, here);
+    if (t.part == 0) peer = send_record(p, s, op, peer, token, kept, weight);
   }
   if (op.excluded) send_nothing(p);
+  // Word to the peers that a record has landed, by the lane that sent it: at once where a block has one, for there is
+  // nothing else to do until the selections come; else when own rows are on their way, too.
+  const auto tell = [&] {
+    if (peer < 0) return;
+    fence_acq_rel_sys();
+    st_relaxed_sys(flag(p.ws, peer, op.parity, me, token), tagged(op.epoch, 1));
+  };
+  const bool at_once = p.max_tokens <= 64;  // measured: 16 and 64 tokens gain by it, 128 lose
+  if (first_warp && at_once) {
+    bulk_wait<0>();
+    tell();
+  }
   if (threadIdx.x < 32) trace(3);
   wait_selections(p, s, op);
   if (threadIdx.x < 32) trace(4);
   // Own rows, and word to the peers.
-  const bool first_warp = keeps && t.part == 0;
   if (first_warp) {
     const Landing l = land_chosen(p, s, me, token);
     if (l.to_copy != 0) to_rows_from(p, l, kept);
     bulk_commit();
-    float weight = 0.f;
-    if (here && lane < p.top_k) weight = p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane];
-    bulk_wait<1>();  // records have landed
-    if (peer >= 0) {
-      fence_acq_rel_sys();
-      st_relaxed_sys(flag(p.ws, peer, op.parity, me, token), tagged(op.epoch, 1));
+    if (!at_once) {
+      bulk_wait<1>();
+      tell();
     }
     if (threadIdx.x < 32) trace(5);
     write_row_facts(p, l, me, token, weight);

@@ -120,7 +120,7 @@ inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint6
                                                 int phase, uint32_t* value, const uint32_t* give_up,
                                                 uint32_t at_least = 0) {
   Control* here = control(ws, ws.rank);
-  const uint64_t start = global_timer_ns();
+  uint64_t start = 0;  // the clock is slow to read: not before the first turns
 #pragma unroll 1
   for (uint32_t spin = 1;; ++spin) {
     const uint64_t now = ld_relaxed_sys(word);
@@ -140,6 +140,7 @@ inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint6
         report(ws, kExcluded, peer, phase, epoch);
         return false;
       }
+      if (start == 0) start = global_timer_ns();
       if (global_timer_ns() - start > ws.timeout_ns) {
         if (atomicExch(&here->dead[peer], 1u) == 0) {
           report(ws, kTimeout, peer, phase, epoch);

@@ -79,6 +79,17 @@ __device__ __forceinline__ int32_t ld_now(const int32_t* address) {
   return value;
 }
 
+__device__ __forceinline__ int64_t ld_now(const int64_t* address) {
+  int64_t value;
+  asm volatile("ld.global.s64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ float ld_now(const float* address) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void st_16(void* address, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");

@@ -59,7 +59,7 @@ class Tuning:
     combine_kept_answers: int = 2
     limit_blocks: int = 0
     beside_sms: int = 64
-    beside_tokens: int = 160
+    beside_tokens: int = 512
     pdl: int = 1
     ring_bytes: int = 32 << 20
     chunk_bytes: int = 4096
