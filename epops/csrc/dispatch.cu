@@ -40,14 +40,13 @@ struct Stage {
 };
 
 // A token's row from x, quantized where T is a number, through the stage to all of `sink`, and its scales; by one warp.
-// The stage is free before, and read from after.
+// `ahead` has the row's first steps; the stage is free before, and read from after.
 template <class T>
-__device__ __forceinline__ void row_from_x(const DispatchParams& p, Stage& stage, int token, const Copies& sink) {
+__device__ __forceinline__ void row_from_x(const DispatchParams& p, Stage& stage, int token, Ahead<T>& ahead,
+                                           const Copies& sink) {
   const int lane = threadIdx.x % 32;
   const float row_amax = row_amax_of<T>(p, token);
   const int shift = 31 - __clz(max(1, p.quant.block));  // blocks are powers of two
-  Piece<T> piece;
-  if constexpr (sizeof(T) > 1) piece.load(p, token, lane * 16);
 #pragma unroll 1
   for (int at0 = 0; at0 < p.row_bytes; at0 += p.piece_bytes) {
     const int end = min(at0 + p.piece_bytes, p.row_bytes);
@@ -57,15 +56,34 @@ __device__ __forceinline__ void row_from_x(const DispatchParams& p, Stage& stage
                 end - at0, nullptr, nullptr, 0, stage.arrival);
       await_bulk(stage.arrival);
     } else {
+      bool done = false;
+      if constexpr (sizeof(T) == 2) {
+        if (by_pairs<T>(p)) {
+          bool plain = true;
 #pragma unroll 1
-      for (int at = at0 + lane * 16; at - lane * 16 < end; at += 512) {
-        const Piece<T> now = piece;
-        piece.load(p, token, at + 512);
-        float scale = 0.f;
-        const uint4 v = now.finish(p, row_amax, &scale);
-        if (at < end) *reinterpret_cast<uint4*>(stage.bytes + at - at0) = v;
-        const bool first = p.quant.block == 0 ? at == 0 : (at & (p.quant.block - 1)) == 0;
-        if (first && at < end) reinterpret_cast<float*>(stage.scales)[at >> shift] = scale;
+          for (int at = at0; at < end; at += 1024) {
+            const UsualPair<T> now = ahead.pair;
+            const int next = min(at + 1024, end);  // a piece may have an odd number of steps
+            if (next < p.row_bytes) ahead.pair.load(row_of_x<T>(p, token), next, next + 512, p.hidden);
+            plain &= now.template finish<2>(p.quant, at, at + 512, at0, end, stage.bytes,
+                                            reinterpret_cast<float*>(stage.scales));
+          }
+          done = __all_sync(~0u, plain);
+          __syncwarp();  // other lanes may store there again
+          if (!done) ahead.piece.load(p, token, at0 + lane * 16);
+        }
+      }
+      if (!done) {
+#pragma unroll 1
+        for (int at = at0 + lane * 16; at - lane * 16 < end; at += 512) {
+          const Piece<T> now = ahead.piece;
+          ahead.piece.load(p, token, at + 512);
+          float scale = 0.f;
+          const uint4 v = now.finish(p, row_amax, &scale);
+          if (at < end) *reinterpret_cast<uint4*>(stage.bytes + at - at0) = v;
+          const bool first = p.quant.block == 0 ? at == 0 : (at & (p.quant.block - 1)) == 0;
+          if (first && at < end) reinterpret_cast<float*>(stage.scales)[at >> shift] = scale;
+        }
       }
       fence_before_bulk();
       __syncwarp();
@@ -91,6 +109,8 @@ template <class T>
 __device__ __forceinline__ void send_token(const DispatchParams& p, const Places& s, const Op& op, Stage& stage,
                                            int token, int at) {
   const int lane = threadIdx.x % 32, me = p.ws.rank;
+  Ahead<T> ahead;
+  if constexpr (sizeof(T) > 1) ahead.load(p, token, 0, 512);  // few tokens go to no peer
   const bool selected = lane < p.top_k;
   const int packed = selected ? s.slot[at + lane] : -1;
   const int rank = packed >= 0 ? packed & 0xff : -1;
@@ -121,7 +141,7 @@ __device__ __forceinline__ void send_token(const DispatchParams& p, const Places
   }
   bulk_wait_read();  // the token before has left the stage
   if (sink.lanes != 0) {
-    row_from_x<T>(p, stage, token, sink);
+    row_from_x<T>(p, stage, token, ahead, sink);
     // Records have room for scales in whole units of 16 bytes.
     if (p.num_scales != 0) {
       bulk_store(sink.row + p.row_bytes, sink.lanes, stage.scales, p.record_bytes - p.row_bytes);
@@ -254,6 +274,12 @@ __device__ __forceinline__ void receive_own(const DispatchParams& p, const Place
   const int lane = threadIdx.x % 32, me = p.ws.rank;
   uint32_t entry = kNoEntry;
   float weight = 0.f;
+  Ahead<T> ahead;
+  // Where most tokens have an expert here, before it is known which.
+  const bool early = sizeof(T) > 1 && p.ws.num_ranks <= p.top_k && token < p.num_tokens;
+  if constexpr (sizeof(T) > 1) {
+    if (early) ahead.load(p, token, 0, 512);
+  }
   if (token < s.num_tokens[me] && lane < p.top_k) {
     weight = p.topk_weights[static_cast<int64_t>(token) * p.top_k + lane];
     // [E] every word for itself, from the warp of this rank that sent the token
@@ -267,8 +293,11 @@ __device__ __forceinline__ void receive_own(const DispatchParams& p, const Place
   const Landing l = land(p, s, me, token, entry);
   bulk_wait_read();  // the token before has left the stage
   if (l.to_copy != 0) {
+    if constexpr (sizeof(T) > 1) {
+      if (!early) ahead.load(p, token, 0, 512);
+    }
     const Copies sink = to_rows(p, l.row, l.to_copy);
-    row_from_x<T>(p, stage, token, sink);
+    row_from_x<T>(p, stage, token, ahead, sink);
     store_scales(p, sink, stage.scales);
     fence_before_bulk();  // scales may have been read from the stage
   }

@@ -38,19 +38,38 @@ struct Stage {
   }
 };
 
-// This warp's part of a token's record: the row as it travels, then its scales.
+// This warp's part of a token's record: the row as it travels, then its scales. `ahead` has its first steps.
 template <class T>
-__device__ __forceinline__ void make_record(const DispatchParams& p, const Team& t, int token, Piece<T>& piece,
+__device__ __forceinline__ void make_record(const DispatchParams& p, const Team& t, int token, Ahead<T>& ahead,
                                             uint8_t* to) {
   const int lane = threadIdx.x % 32;
   const float row_amax = row_amax_of<T>(p, token);
   const int num_steps = (p.row_bytes + 511) / 512;
   const int shift = 31 - __clz(max(1, p.quant.block));  // blocks are powers of two
+  if constexpr (sizeof(T) == 2) {
+    if (by_pairs<T>(p)) {
+      const int last = num_steps * 512;
+      bool plain = true;
+#pragma unroll 1
+      for (int step = t.part * 512; step < last; step += t.parts * 1024) {
+        const UsualPair<T> now = ahead.pair;
+        const int next = step + t.parts * 1024;
+        if (next < last) ahead.pair.load(row_of_x<T>(p, token), next, next + t.parts * 512, p.hidden);
+        const int step1 = step + t.parts * 512;
+        float* scales = reinterpret_cast<float*>(to + p.row_bytes);
+        plain &= step1 < last ? now.template finish<2>(p.quant, step, step1, 0, p.row_bytes, to, scales)
+                              : now.template finish<1>(p.quant, step, step1, 0, p.row_bytes, to, scales);
+      }
+      if (__all_sync(~0u, plain)) return;
+      __syncwarp();  // other lanes store there again
+      ahead.piece.load(p, token, t.part * 512 + lane * 16);
+    }
+  }
 #pragma unroll 1
   for (int number = t.part; number < num_steps; number += t.parts) {
     const int at = number * 512 + lane * 16;
-    const Piece<T> now = piece;
-    if (number + t.parts < num_steps) piece.load(p, token, at + t.parts * 512);
+    const Piece<T> now = ahead.piece;
+    if (number + t.parts < num_steps) ahead.piece.load(p, token, at + t.parts * 512);
     float scale = 0.f;
     const uint4 v = now.finish(p, row_amax, &scale);
     if (at < p.row_bytes) *reinterpret_cast<uint4*>(to + at) = v;
@@ -167,10 +186,10 @@ __global__ void __launch_bounds__(kKeptThreads, 1) dispatch_kept_kernel(const __
   const bool first_warp = keeps && t.part == 0, a_rank = threadIdx.x < p.ws.num_ranks;
   int64_t expert = -1, expert_slot = -1, wanted = 0;
   float weight = 0.f;
-  Piece<T> piece;
+  Ahead<T> ahead;
   if (here) {
     if (first_warp) expert = load_expert(p, token, lane, lane < p.top_k);
-    piece.load(p, token, t.part * 512 + lane * 16);
+    ahead.load(p, token, t.part * 512, (t.part + t.parts) * 512);
   }
   if (a_rank) wanted = ld_now(p.mask + threadIdx.x);
   const bool dead = a_rank && is_dead(p.ws, threadIdx.x);
@@ -203,7 +222,7 @@ __global__ void __launch_bounds__(kKeptThreads, 1) dispatch_kept_kernel(const __
       peer = peer_of_lane(found.rank, me);
     }
     if (here) {
-      make_record<T>(p, t, token, piece, kept);
+      make_record<T>(p, t, token, ahead, kept);
       fence_before_bulk();
       if (t.parts == 1) {
         __syncwarp();

@@ -88,8 +88,10 @@ struct WordWalk {
 // sources and chunks before, `tally` the rows of a slot, `start` the first row of its group; kBits gathers every rank's
 // bits. By all warps but the poster.
 __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Places& s, const Op& op, const Team& t) {
-  constexpr int kAhead = 8;  // words on their way
-  const int stride = p.num_slots + 1, words = p.num_slots + kCountWords;
+  constexpr int kAhead = 9;   // words on their way: all that a thread has, of 256 experts on two ranks
+  constexpr int kSummed = 8;  // chunks summed at once
+  const CountWords layout(p);
+  const int stride = p.num_slots + 1, words = layout.words;
   const int of_source = 2 + p.num_chunks * words;
 #pragma unroll 1
   for (int source = threadIdx.x; source < p.ws.num_ranks; source += t.num_threads) {
@@ -129,10 +131,14 @@ __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Place
         s.num_tokens[source] = static_cast<int>(min(value, static_cast<uint32_t>(p.max_tokens)));
       } else if (at.word == 1) {
         check_hash(p, s, op, source, value);
-      } else if (word < stride) {
-        s.total[(source * p.num_chunks + chunk) * stride + word] = min(value, static_cast<uint32_t>(p.max_tokens));
+      } else if (word < layout.first_bad) {
+        const int slot = word << layout.paired;
+        const uint32_t most = static_cast<uint32_t>(p.max_tokens);
+        uint32_t* to = s.total + (source * p.num_chunks + chunk) * stride + slot;
+        to[0] = min(layout.paired != 0 ? value & 0xffff : value, most);
+        if (layout.paired != 0 && slot < p.num_slots) to[1] = min(value >> 16, most);
       } else if (value != 0) {
-        note_bad(p, s, source, word > stride, static_cast<int>(value));
+        note_bad(p, s, source, word > layout.first_bad, static_cast<int>(value));
       }
     }
   }
@@ -143,12 +149,17 @@ __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Place
 #pragma unroll 1
     for (int source = 0; source < p.ws.num_ranks; ++source) {
       uint32_t* at = s.total + source * p.num_chunks * stride + slot;
-      const bool counts = s.lost[source] == 0;
-#pragma unroll 4
-      for (int chunk = 0; chunk < p.num_chunks; ++chunk, at += stride) {
-        const uint32_t value = counts ? *at : 0;
-        *at = sum;
-        sum += value;
+      const int num = s.lost[source] == 0 ? p.num_chunks : 0;  // whose counts count
+#pragma unroll 1
+      for (int chunk = 0; chunk < p.num_chunks; chunk += kSummed) {
+        uint32_t now[kSummed];
+#pragma unroll
+        for (int a = 0; a < kSummed; ++a) now[a] = chunk + a < num ? at[(chunk + a) * stride] : 0;
+#pragma unroll
+        for (int a = 0; a < kSummed; ++a) {
+          if (chunk + a < p.num_chunks) at[(chunk + a) * stride] = sum;
+          sum += now[a];
+        }
       }
     }
     s.tally[slot] = sum;

@@ -212,15 +212,39 @@ __device__ __forceinline__ void place_tokens(const DispatchParams& p, const Plac
   __syncthreads();
 }
 
+// How a chunk's counts lie in tagged words: by slots, the chunk's tokens for the rank last, two to a word where 16 bits
+// hold each; then its bad and repeated selections. From sizes alone, as peers read them.
+struct CountWords {
+  int paired;     // 1: two to a word
+  int first_bad;  // words before bad selections
+  int words;
+
+  __device__ __forceinline__ explicit CountWords(const DispatchParams& p) {
+    paired = p.chunk_tokens < 1 << 16;
+    first_bad = (p.num_slots + 1 + paired) >> paired;
+    words = first_bad + 2;
+  }
+};
+
 // A chunk's counts to every rank, this one too, by the whole block: they travel before any row, each word for itself.
 __device__ __forceinline__ void post_counts(const DispatchParams& p, const Places& s, const Op& op, int chunk) {
-  const int stride = p.num_slots + kCountWords;
+  const CountWords layout(p);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < p.ws.num_ranks * stride; i += blockDim.x) {
-    const int peer = i / stride, word = i % stride;
+  for (int i = threadIdx.x; i < p.ws.num_ranks * layout.words; i += blockDim.x) {
+    const int peer = i / layout.words, word = i % layout.words;
     if (s.takes_part[peer] == 0) continue;
-    const uint32_t value = word <= p.num_slots ? s.count[peer * (p.num_slots + 1) + word]
-                                               : static_cast<uint32_t>(s.words[kChunkBad + word - p.num_slots - 1]);
+    uint32_t value;
+    if (word < layout.first_bad) {
+      const int slot = word << layout.paired;
+      const uint32_t* from = s.count + peer * (p.num_slots + 1) + slot;
+      value = from[0];
+      if (layout.paired != 0) {  // only a map of several experts to one slot makes them larger
+        value = min(value, 0xffffu);
+        if (slot < p.num_slots) value |= min(from[1], 0xffffu) << 16;
+      }
+    } else {
+      value = static_cast<uint32_t>(s.words[kChunkBad + word - layout.first_bad]);
+    }
     st_relaxed_sys(&counts(p.ws, peer, op.parity, p.ws.rank, chunk)[word], tagged(op.epoch, value));
   }
 }

@@ -71,6 +71,46 @@ struct Piece<uint8_t> {
   __device__ __forceinline__ uint4 finish(const DispatchParams&, float, float*) const { return v; }
 };
 
+// The quantizer takes two steps of a row at a time.
+template <class T>
+__device__ __forceinline__ bool by_pairs(const DispatchParams& p) {
+  return sizeof(T) == 2 && p.quant.usual != 0;
+}
+
+template <class T>
+__device__ __forceinline__ const T* row_of_x(const DispatchParams& p, int token) {
+  return static_cast<const T*>(p.x) + static_cast<int64_t>(token) * p.hidden;
+}
+
+// What of a row is asked for before it is wanted: two steps, or one.
+template <class T>
+struct Ahead {
+  UsualPair<T> pair;
+  Piece<T> piece;
+  // Steps that begin at these channels.
+  __device__ __forceinline__ void load(const DispatchParams& p, int token, int step0, int step1) {
+    if (by_pairs<T>(p)) {
+      pair.load(row_of_x<T>(p, token), step0, step1, p.hidden);
+    } else {
+      piece.load(p, token, step0 + threadIdx.x % 32 * 16);
+    }
+  }
+};
+template <>
+struct Ahead<float> {
+  Piece<float> piece;
+  __device__ __forceinline__ void load(const DispatchParams& p, int token, int step0, int) {
+    piece.load(p, token, step0 + threadIdx.x % 32 * 16);
+  }
+};
+template <>
+struct Ahead<uint8_t> {
+  Piece<uint8_t> piece;
+  __device__ __forceinline__ void load(const DispatchParams& p, int token, int step0, int) {
+    piece.load(p, token, step0 + threadIdx.x % 32 * 16);
+  }
+};
+
 template <class T>
 __device__ __forceinline__ float row_amax_of(const DispatchParams& p, int token) {
   if constexpr (sizeof(T) > 1) {

@@ -267,6 +267,78 @@ struct QuantLane {
   }
 };
 
+// 1 / s correctly rounded, for kLeastPlain < s <= kMostPlain: what __frcp_rn does there, without its branch to the
+// rest.
+__device__ __forceinline__ float reciprocal_of_plain(float s) {
+  float guess;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(s));
+  const float over = __fmaf_rn(s, guess, -1.f);
+  return __fmaf_rn(guess, -over, guess);
+}
+
+// Two steps of 512 channels of a row at once, for the usual quantizer of 2-byte elements: the bits are QuantLane's, but
+// nothing branches, and the maxima of both steps go through the same shuffles, two to a word. Eight lanes have a block,
+// half of each of its two lines a lane; lanes of odd blocks begin with the second, so that what 16 lanes store at a
+// time lies in different banks.
+template <class T>
+struct UsualPair {
+  Raw8<T> raw[2][2];
+
+  static __device__ __forceinline__ int first_place() {
+    const int lane = threadIdx.x % 32, block = lane / 8;
+    return block * 128 + (block & 1) * 64 + lane % 8 * 8;
+  }
+  // Steps that begin at these channels. What lies beyond the row is its last channels again, which change no maximum.
+  __device__ __forceinline__ void load(const T* row, int step0, int step1, int hidden) {
+    const int place = first_place();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      raw[0][half].load(row + min(step0 + (place ^ half * 64), hidden - 8));
+      raw[1][half].load(row + min(step1 + (place ^ half * 64), hidden - 8));
+    }
+  }
+  // Channels below `end` to `bytes`, whose first is channel `begin`, and their scales to `scales`, whose first is the
+  // row's; with one step, only the first. All 32 lanes call it. False: what was stored is not right, and QuantLane has
+  // to do it.
+  template <int kSteps>
+  __device__ __forceinline__ bool finish(const Quant& q, int step0, int step1, int begin, int end, uint8_t* bytes,
+                                         float* scales) const {
+    using Pair = typename PairOf<T>::type;
+    const auto as_pair = [](uint32_t bits) { return *reinterpret_cast<const Pair*>(&bits); };
+    const auto as_bits = [](Pair pair) { return *reinterpret_cast<const uint32_t*>(&pair); };
+    uint32_t tops[2] = {0, 0};
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const uint4 a = raw[s][0].w, b = raw[s][1].w;
+      const auto one = [&](uint32_t x, uint32_t y) { return larger(magnitude(as_pair(x)), magnitude(as_pair(y))); };
+      tops[s] = as_bits(larger(larger(one(a.x, a.y), one(a.z, a.w)), larger(one(b.x, b.y), one(b.z, b.w))));
+    }
+    Pair top = larger(as_pair(__byte_perm(tops[0], tops[1], 0x5410)), as_pair(__byte_perm(tops[0], tops[1], 0x7632)));
+#pragma unroll
+    for (int step = 4; step > 0; step >>= 1) top = larger(top, as_pair(__shfl_xor_sync(~0u, as_bits(top), step)));
+    const float2 amax = to_floats<T>(as_bits(top));
+    const int place = first_place(), lane = threadIdx.x % 32;
+    bool plain = true;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int step = s == 0 ? step0 : step1;
+      Scale scale{__fmul_rn(max_nan(s == 0 ? amax.x : amax.y, q.eps), q.top_inverse), 0.f, kByQuotient};
+      plain = plain && scale.value > kLeastPlain && scale.value <= kMostPlain;
+      scale.inverse = reciprocal_of_plain(scale.value);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = step + (place ^ half * 64);
+        const Eight v = raw[s][half].floats();
+        const uint2 packed = make_uint2(pack_fp8<kByQuotient, __NV_E4M3>(v.v[0], v.v[1], v.v[2], v.v[3], scale, true),
+                                        pack_fp8<kByQuotient, __NV_E4M3>(v.v[4], v.v[5], v.v[6], v.v[7], scale, true));
+        if (at < end) *reinterpret_cast<uint2*>(bytes + (at - begin)) = packed;
+      }
+      if (lane % 8 == 0 && step + lane * 16 < end) scales[(step + lane * 16) / 128] = scale.value;
+    }
+    return plain;
+  }
+};
+
 // Largest magnitude of a whole row, by one warp.
 template <class T>
 __device__ __forceinline__ float warp_row_amax(const void* row, int hidden) {

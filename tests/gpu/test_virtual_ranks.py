@@ -16,10 +16,12 @@ pytestmark = pytest.mark.gpu
 
 
 def same_bits(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """The same bytes; an fp8 NaN is any NaN."""
+    """The same bytes; an fp8 NaN is any NaN, and so is that of a scale."""
     got, want = got.cpu().contiguous(), want.contiguous()
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
+    if got.dtype == torch.float32:
+        got, want = (torch.where(item.isnan(), torch.nan, item) for item in (got, want))
     raw = [item.view(torch.uint8) for item in (got, want)]
     if got.dtype == torch.float8_e4m3fn:
         raw = [torch.where(item & 0x7F == 0x7F, 0x7F, item) for item in raw]
@@ -194,6 +196,27 @@ def test_quantizer_of_zeros_denormals_and_infinities(math):
             for block in (0, 128):
                 quant = kernels.QuantSettings(block=block, scale_math=math, eps_on=eps_on, eps=eps)
                 run_pair(ranks, shape, 5, quant=quant, dtype=dtype, batches=batches)
+
+
+@pytest.mark.parametrize("hidden", [16, 512, 1152, 2880, 7168, 16384, 21504])
+@pytest.mark.parametrize("kept", [0, 256])
+def test_usual_quantizer_of_blocks_unlike_their_neighbours(hidden, kept):
+    """Rows of any number of steps and pieces, with blocks that the path of two steps at a time is not right for."""
+    shape = Shape(2, 45, 4, 8, 4, hidden, tokens=(45, 0))
+    ranks = Ranks(2, sizes_for(shape, 4), tuning=kernels.Tuning(dispatch_kept_tokens=kept, num_sms=8))
+    for dtype in (torch.bfloat16, torch.float16):
+        batches = [random_batch(shape, rank, 7, dtype=dtype) for rank in range(2)]
+        x = batches[0].x
+        odd = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, torch.finfo(dtype).max, torch.finfo(dtype).tiny]
+        for token in range(1, len(x)):  # the first token is ordinary
+            block = token * 5 % -(-hidden // 128)
+            value = odd[token % len(odd)]
+            if token % 3 == 0:
+                x[token, block * 128 : block * 128 + 128] = value
+            else:
+                x[token, min(block * 128 + token * 7 % 128, hidden - 1)] = value
+        for eps in (1e-4, 0.0):
+            run_pair(ranks, shape, 7, quant=kernels.QuantSettings(eps=eps), dtype=dtype, batches=batches)
 
 
 @pytest.mark.parametrize("shape", [(2, 20, 32, 1024, 512), (2, 24, 1, 2, 1), (4, 300, 3, 37, 10), (2, 17, 8, 256, 128)])
