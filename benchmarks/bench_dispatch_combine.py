@@ -273,6 +273,7 @@ TRACE_POINTS = {
     "dispatch_kept": "start, after earlier kernels, group state, made, selections came, told, frame, rows, end",
     "combine": "start, after earlier kernels, group state, sent, told, -, rows, end",
     "combine_kept": "start, earlier kernels done, group read, answer made, own summed, sent, answer came, added, ended",
+    "combine_streams": "start, after earlier kernels, group state, sends asked for, told, all asked for, rows, end",
 }
 
 
@@ -286,7 +287,7 @@ def trace(rank: int, world: int, tokens: list[int]) -> None:
         for op in ("dispatch", "combine"):
             time = graph_time(getattr(runner, op), 10, 3)
             plan = runner.group.transport.plan(op, count, 7168)
-            kernel = op + ("", "_kept")[plan.rows_as]
+            kernel = op + ("", "_kept", "_streams")[plan.rows_as]
             clocks = torch.tensor(_C.read_trace(kernel), dtype=torch.int64).view(256, 12)[: plan.num_blocks]
             if rank == 0:
                 print(f"trace {kernel} {count}: {time:.1f} us")

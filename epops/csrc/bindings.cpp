@@ -169,8 +169,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("hidden", &CombineParams::hidden)
       .def_readwrite("rank_layout", &CombineParams::rank_layout)
       .def_readwrite("record_bytes", &CombineParams::record_bytes)
+      .def_readwrite("stream_steps", &CombineParams::stream_steps)
+      .def_readwrite("stream_rows", &CombineParams::stream_rows)
       .def_readwrite("call_hash", &CombineParams::call_hash)
-      .def("kept_shared_bytes", &combine_kept_shared_bytes);
+      .def("kept_shared_bytes", &combine_kept_shared_bytes)
+      .def("streams_shared_bytes", &combine_streams_shared_bytes);
   address(c, "y", &CombineParams::y);
   address(c, "row_weights", &CombineParams::row_weights);
   address(c, "grad_row_weights", &CombineParams::grad_row_weights);
@@ -250,7 +253,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     check(launch(p, reinterpret_cast<void*>(stream)), "dispatch");
   });
   m.def("launch_combine", [](const CombineParams& p, uintptr_t stream) {
-    const auto launch = p.launch.rows_as == kKept ? launch_combine_kept : launch_combine;
+    const auto launch = p.launch.rows_as == kKept       ? launch_combine_kept
+                        : p.launch.rows_as == kStreamed ? launch_combine_streams
+                                                        : launch_combine;
     check(launch(p, reinterpret_cast<void*>(stream)), "combine");
   });
   m.def("launch_scatter", [](const ScatterParams& p, uintptr_t stream) {
@@ -265,10 +270,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #ifdef EPOPS_TRACE
   m.def("read_trace", [](const std::string& op) {
     std::vector<uint64_t> clocks(256 * 12);
-    const auto read = op == "dispatch"        ? read_dispatch_trace
-                      : op == "dispatch_kept" ? read_dispatch_kept_trace
-                      : op == "combine_kept"  ? read_combine_kept_trace
-                                              : read_combine_trace;
+    const auto read = op == "dispatch"          ? read_dispatch_trace
+                      : op == "dispatch_kept"   ? read_dispatch_kept_trace
+                      : op == "combine_kept"    ? read_combine_kept_trace
+                      : op == "combine_streams" ? read_combine_streams_trace
+                                                : read_combine_trace;
     check(read(clocks.data()), "read_trace");
     return clocks;
   });

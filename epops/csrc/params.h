@@ -67,8 +67,9 @@ struct Launch {
 };
 
 // How rows travel: a dispatch's behind counts (dispatch.cu), or kept by their sender till all are placed
-// (dispatch_kept.cu); a combine's as they are stored (combine.cu), or kept till they have landed (combine_kept.cu).
-enum RowsAs : int32_t { kCounted = 0, kKept = 1 };
+// (dispatch_kept.cu); a combine's as they are stored (combine.cu), or kept till they have landed (combine_kept.cu), or
+// through rings that one warp of a team fills (combine_streams.cu).
+enum RowsAs : int32_t { kCounted = 0, kKept = 1, kStreamed = 2 };
 
 enum Layout : int32_t { kExpert = 0, kRank = 1, kBatched = 2 };
 enum ScaleFormat : int32_t { kFloat32 = 0, kUe8m0 = 1, kFloat32Pow2 = 2 };
@@ -141,6 +142,8 @@ struct CombineParams {
   int32_t in_dtype, out_dtype;
   int32_t num_tokens, max_tokens, top_k, num_experts, num_slots, num_rows, hidden, rank_layout;
   int32_t record_bytes;
+  int32_t stream_steps;  // of 256 channels that a warp of combine_streams.cu has
+  int32_t stream_rows;   // that a team of it has room for
   uint32_t call_hash;
 };
 
@@ -214,11 +217,13 @@ uint64_t layout_workspace(Workspace& ws);
 uint64_t dispatch_shared_bytes(const DispatchParams& p);
 uint64_t dispatch_kept_shared_bytes(const DispatchParams& p);
 uint64_t combine_kept_shared_bytes(const CombineParams& p);
+uint64_t combine_streams_shared_bytes(const CombineParams& p);
 // Launch on `stream`; return a cudaError_t.
 int launch_dispatch(const DispatchParams& p, void* stream);
 int launch_dispatch_kept(const DispatchParams& p, void* stream);
 int launch_combine(const CombineParams& p, void* stream);
 int launch_combine_kept(const CombineParams& p, void* stream);
+int launch_combine_streams(const CombineParams& p, void* stream);
 int launch_scatter(const ScatterParams& p, void* stream);
 int launch_all_to_all(const AllToAllParams& p, void* stream);
 int launch_all_to_all_small(const AllToAllParams& p, void* stream);
@@ -228,6 +233,7 @@ int read_dispatch_trace(uint64_t* out);  // (256, 12)
 int read_dispatch_kept_trace(uint64_t* out);
 int read_combine_trace(uint64_t* out);
 int read_combine_kept_trace(uint64_t* out);
+int read_combine_streams_trace(uint64_t* out);
 #endif
 
 }  // namespace epops

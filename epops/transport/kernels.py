@@ -17,7 +17,7 @@ import torch
 import epops._C as _C
 
 from .. import layout as words
-from .plans import COUNTED, KEPT
+from .plans import COUNTED, KEPT, STREAMED, stream_team
 from .plans import Plan as Plan
 from .plans import Tuning as Tuning
 
@@ -30,6 +30,7 @@ TABLE_BYTES = 100 << 10  # of shared memory that a dispatch of many tokens has f
 BOARD_TOKENS = 1024  # tokens a rank whose selections have room
 BOARD_WORDS, TABLE_WORDS = 40 << 10, 16 << 10  # selections, or counts, that every block of a dispatch reads
 COMBINE_THREADS = 512
+STREAM_ROWS, LEAST_STREAM_ROWS = 32, 4  # of a team of csrc/combine_streams.cu, at most and at least
 QUANT_BLOCKS = words.QUANT_BLOCKS
 
 
@@ -285,6 +286,12 @@ def shared_bytes(device: int | None) -> int:
 
 
 @functools.cache
+def has_bulk_copies(device: int | None) -> bool:
+    """Whether the GPU has the instructions of sm_90 that csrc/combine_streams.cu is made of."""
+    return torch.cuda.get_device_properties(torch.device("cuda", device)).major >= 9
+
+
+@functools.cache
 def _rounded_inverse(value: float) -> float:
     """1 / value, in float32."""
     return float(torch.tensor(1.0) / torch.tensor(value))
@@ -377,6 +384,8 @@ def combine(
         op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane
     )  # fmt: skip
     _keep_answers(p, plan, shared_bytes(device.index))
+    if plan.rows_as == STREAMED and not with_grads and has_bulk_copies(device.index):
+        _stream_rows(p, shared_bytes(device.index))
     _C.launch_combine(p, stream_of(y))
     return out, grad_weights, status
 
@@ -397,6 +406,27 @@ def _keep_answers(p: Any, plan: Plan, shared: int) -> None:
         p.launch.num_threads = COMBINE_THREADS
         if p.kept_shared_bytes() <= shared:
             p.launch.rows_as = KEPT
+            return
+    p.launch.send_warps, p.launch.recv_warps, p.launch.num_threads = settings
+
+
+def _stream_rows(p: Any, shared: int) -> None:
+    """Teams of `csrc/combine_streams.cu` and their room for rows, where it takes this call.  A rank's own affair: what
+    travels is the same."""
+    if p.in_dtype != p.out_dtype or p.in_dtype == DTYPES[torch.float32]:
+        return
+    warps = COMBINE_THREADS // 32
+    steps, parts = stream_team(p.hidden, warps)
+    if parts == 0:
+        return
+    settings = p.launch.send_warps, p.launch.recv_warps, p.launch.num_threads
+    p.launch.send_warps = p.launch.recv_warps = parts
+    p.launch.num_threads, p.stream_steps = COMBINE_THREADS, steps
+    teams = (warps - 1) // (parts + 1)
+    for rows in range(min(STREAM_ROWS, shared // (teams * p.record_bytes)), LEAST_STREAM_ROWS - 1, -1):
+        p.stream_rows = rows
+        if p.streams_shared_bytes() <= shared:
+            p.launch.rows_as = STREAMED
             return
     p.launch.send_warps, p.launch.recv_warps, p.launch.num_threads = settings
 

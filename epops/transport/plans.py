@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import epops._C as _C
 
-COUNTED, KEPT = range(2)  # how rows travel, csrc/params.h RowsAs
+COUNTED, KEPT, STREAMED = range(3)  # how rows travel, csrc/params.h RowsAs
+
+STREAM_STEPS = 2, 3, 5  # of 256 channels a warp, csrc/combine_streams.cu
 
 
 class Plan(NamedTuple):
@@ -41,6 +43,8 @@ class Tuning:
     to which the blocks of a dispatch keep the rows that they send (csrc/dispatch_kept.cu), where those fit; alike on every
     rank, as is what else sets the number of blocks. ``combine_kept_least`` to ``combine_kept_tokens``: M where combine does
     so (csrc/combine_kept.cu), for elements of 16 bits and at most ``combine_kept_answers`` to send a block.
+    ``combine_stream_tokens``: M above which combine takes rows by whole-row copies that one warp of a team asks for
+    (csrc/combine_streams.cu), for elements of 16 bits on sm_90 and newer.
     ``limit_blocks``: at most so many blocks (0: no limit). ``beside_sms``: blocks of an op that a start half runs on a
     second stream, up to M ``beside_tokens``; above, matrix products lose more by sharing the chip than the exchange gains,
     and it runs at once. ``pdl``: a kernel's launch overlaps the end of the one before. ``extra``: plans by op, instead of
@@ -57,6 +61,7 @@ class Tuning:
     combine_kept_least: int = 32
     combine_kept_tokens: int = 256
     combine_kept_answers: int = 2
+    combine_stream_tokens: int = 1024
     limit_blocks: int = 0
     beside_sms: int = 64
     beside_tokens: int = 512
@@ -85,7 +90,8 @@ class Tuning:
         if op == "dispatch" and max_tokens <= self.dispatch_kept_tokens:
             blocks = max(1, min(blocks, max(64, max_tokens)))
             return Plan(blocks, blocks, 512, kept_warps(max_tokens, blocks, pieces), 1, 0, self.pdl, KEPT)
-        if op == "combine" and max_tokens <= self.middle_tokens:
+        streams = op == "combine" and max_tokens > self.combine_stream_tokens
+        if op == "combine" and max_tokens <= self.middle_tokens and not streams:
             answers = max_tokens * max(1, num_ranks - 1)
             parts = min(7, pieces)
             if max_tokens <= self.decode_tokens:
@@ -95,9 +101,22 @@ class Tuning:
             return Plan(blocks, blocks, 512, parts, parts, 0, self.pdl, KEPT if kept else COUNTED)
         blocks = max(1, min(blocks, num_sms - self.spare_sms_throughput))
         send = min(2, pieces) if op == "combine" else 1
-        return Plan(blocks, min(self.num_sms, blocks), 512, send, 1, 1, self.pdl)
+        return Plan(blocks, min(self.num_sms, blocks), 512, send, 1, 1, self.pdl, STREAMED if streams else COUNTED)
 
 
 def kept_warps(max_tokens: int, blocks: int, pieces: int) -> int:
     """Warps that share a token, where every team of a block has at most one; 0: a block has too many tokens."""
     return min(pieces, 16 // -(-max(1, max_tokens) // blocks))
+
+
+def stream_team(hidden: int, warps: int) -> tuple[int, int]:
+    """(256s of channels that a warp of csrc/combine_streams.cu has, warps that share a row): of what is compiled, that which
+    leaves the fewest of a block's ``warps`` idle; (0, 0) where rows are too long for them.  One warp of a team asks for rows,
+    and one of the block tells peers: 7168 channels and 16 warps make one team of 14 and 1, 4096 two of 6 and 1."""
+    best, most = (0, 0), 0
+    for steps in STREAM_STEPS:
+        parts = -(-hidden // (256 * steps))
+        busy = (warps - 1) // (parts + 1) * parts
+        if busy > most:
+            best, most = (steps, parts), busy
+    return best

@@ -140,6 +140,121 @@ def test_few_tokens_in_both_ways(num_ranks, layout, kept):
     run_pair(ranks, shape, 9, quant=kernels.QuantSettings())
 
 
+STREAMS = dict(combine_stream_tokens=0, num_sms=8)
+
+
+def must_stream(monkeypatch):
+    """Every combine has to go by csrc/combine_streams.cu; returns what the kernel was given for rows, call by call."""
+    given, chosen = [], kernels._stream_rows
+
+    def choose(p, shared):
+        chosen(p, shared)
+        assert p.launch.rows_as == kernels.STREAMED, f"hidden {p.hidden}"
+        given.append((p.stream_steps, p.stream_rows, p.launch.send_warps))
+
+    monkeypatch.setattr(kernels, "_stream_rows", choose)
+    if not kernels.has_bulk_copies(torch.cuda.current_device()):
+        pytest.skip("sm_90 or newer only")
+    return given
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 16, 72])
+@pytest.mark.parametrize("layout", words.LAYOUTS)
+def test_combine_by_streams(monkeypatch, num_ranks, layout):
+    given = must_stream(monkeypatch)
+    shape = Shape(
+        num_ranks, 45, 4, num_ranks * 4, 4, 256, 16 if layout == "expert" else 1, layout, tokens=(45, 5, 0, 31)
+    )
+    ranks = Ranks(num_ranks, sizes_for(shape), tuning=kernels.Tuning(**STREAMS))
+    run_pair(ranks, shape, 1, repeat=3)
+    run_pair(ranks, shape, 2, dtype=torch.float16, addend=False)
+    run_pair(ranks, shape, 3, weighted=False)
+    assert len(given) == 5 * num_ranks
+
+
+@pytest.mark.parametrize("hidden", [64, 2880, 4096, 7168, 8192, 16384])
+def test_combine_by_streams_of_every_hidden_size(monkeypatch, hidden):
+    must_stream(monkeypatch)
+    shape = Shape(3, 133, 5, 20, 7, hidden)
+    ranks = Ranks(3, sizes_for(shape), tuning=kernels.Tuning(**STREAMS))
+    run_pair(ranks, shape, 1)
+    run_pair(ranks, shape, 2, dtype=torch.float16, addend=False)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 20, 32, 1024, 512), (2, 24, 1, 2, 1), (4, 300, 3, 37, 10), (2, 1500, 8, 256, 128)]
+)
+def test_combine_by_streams_of_many_choices(monkeypatch, shape):
+    must_stream(monkeypatch)
+    num_ranks, tokens, top_k, experts, slots = shape
+    made = Shape(num_ranks, tokens, top_k, experts, slots, 1024)
+    ranks = Ranks(num_ranks, sizes_for(made), tuning=kernels.Tuning(**STREAMS))
+    run_pair(ranks, made, 5, repeat=2)
+    run_pair(ranks, made, 6, addend=False, weighted=False)
+
+
+def test_combine_by_streams_of_nothing_dropped_rows_and_one_expert(monkeypatch):
+    must_stream(monkeypatch)
+    shape = Shape(3, 70, 2, 12, 4, 256)
+    ranks = Ranks(3, sizes_for(shape), tuning=kernels.Tuning(**STREAMS))
+    run_pair(ranks, shape, 2, mask=torch.tensor([1, 1, 1]))
+    for value in (0, 7, -1):
+        batches = []
+        for rank in range(3):
+            batch = random_batch(shape, rank, 1)
+            idx = torch.full_like(batch.topk_idx, -1)
+            idx[:, 0] = value
+            batches.append(Batch(batch.x, idx, batch.topk_weights))
+        for addend in (True, False):
+            run_pair(ranks, shape, 1, batches=batches, addend=addend)
+    few = Shape(2, 50, 4, 8, 4, 256, alignment=4, capacity=40)
+    _, _, want = run_pair(Ranks(2, sizes_for(few), tuning=kernels.Tuning(**STREAMS)), few, 2)
+    assert all(int(grouped.num_dropped) > 0 for grouped, _ in want)
+
+
+def test_ranks_that_combine_in_different_ways(monkeypatch):
+    """Each rank chooses for itself: what travels is the same."""
+    shape = Shape(4, 90, 4, 16, 4, 1024)
+    ranks = Ranks(4, sizes_for(shape), tuning=kernels.Tuning(**STREAMS))
+    call, own = kernels.combine, ranks.workspaces
+
+    def by_rank(ws, plan, *rest, **named):
+        streams = next(rank for rank, mine in enumerate(own) if mine is ws) % 2 == 0
+        return call(ws, plan if streams else plan._replace(rows_as=kernels.COUNTED), *rest, **named)
+
+    monkeypatch.setattr(kernels, "combine", by_rank)
+    for seed in range(3):
+        run_pair(ranks, shape, seed, repeat=2)
+
+
+def test_combine_by_streams_beside_a_rank_that_never_comes(monkeypatch):
+    """Its answers count as zero after the timeout, rows that are here are added, and the next op does not wait again."""
+    must_stream(monkeypatch)
+    shape = Shape(3, 60, 4, 12, 4, 512)
+    ranks = Ranks(3, sizes_for(shape), timeout=0.5, tuning=kernels.Tuning(**STREAMS))
+    batches = [random_batch(shape, rank, 7) for rank in range(3)]
+    got, _, want = run_pair(ranks, shape, 7, batches=batches)
+    made = torch.Generator().manual_seed(7)
+    ys = [torch.randn(shape.rows, 512, generator=made).bfloat16() for _ in range(3)]
+    outs = expected_combine(shape, ys, [None] * 3, want, [None] * 3, out_dtype=torch.bfloat16, lost=(2,))
+    y_gpu = [y.to(ranks.device) for y in ys]
+    plan = ranks.plan("combine", 60, 512)
+
+    def back(rank):
+        if rank == 2:
+            return None
+        return kernels.combine(
+            ranks.workspaces[rank], plan, y_gpu[rank], got[rank].route, num_experts=12, num_slots=4, max_tokens=60,
+            num_tokens=60, top_k=4, layout="expert", out_dtype=torch.bfloat16,
+        )  # fmt: skip
+
+    for _ in range(2):
+        answers = ranks.run(back)
+        for rank in range(2):
+            assert same_bits(answers[rank][0], outs[rank]), f"rank {rank}"
+            assert int(answers[rank][2][0]) & words.STATUS_TIMEOUT
+
+
 def test_memory_is_what_crosses_the_wire():
     """At 4096 tokens: at most 1.1 times the rows of one dispatch (fp8 and scales) and one combine (bf16)."""
     wire = 4096 * (7168 + 7168 // 128 * 4 + 2 * 7168)
