@@ -183,19 +183,27 @@ struct Producer {
       }
       cp_async_commit();
       if (unit < 0) continue;
-      const int row = row_of(unit, item_of(unit) >= 0);
+      // What needs divisions every lane finds for its item, all items of the unit at once.
+      const int own = item_of(unit);
+      const int row = row_of(unit, own >= 0);
       const float weight = weight_of(unit, row);
-      const uint32_t selected = __ballot_sync(~0u, row != -1), valid = __ballot_sync(~0u, row >= 0);
+      uint64_t place = 0;
+      if (own >= 0 && gone[peer_of(own)] == 0) {
+        place = reinterpret_cast<uint64_t>(
+            record(p.ws, peer_of(own), op.parity, p.ws.rank, token_of(own), p.max_tokens, p.record_bytes));
+      }
+      const uint32_t selected = __ballot_sync(~0u, row != -1 && place != 0), valid = __ballot_sync(~0u, row >= 0);
+      int item = role.team + unit * items * role.teams;
+      uint32_t lanes = width == 32 ? ~0u : (1u << width) - 1;
+      const int here = min(items, mine - unit * items);
 #pragma unroll 1
-      for (int i = 0; i < items && unit * items + i < mine; ++i) {
-        const int item = role.team + (unit * items + i) * role.teams, peer = peer_of(item);
+      for (int i = 0; i < here; ++i, item += role.teams, lanes <<= width & 31) {
         while (item - posted >= kOutbox) posted = atomicAdd(outbox.posted, 0);
-        const uint32_t lanes = (width == 32 ? ~0u : (1u << width) - 1) << (i * width);
-        if ((selected & lanes) == 0 || gone[peer] != 0) {  // not a token of ours, or nobody is there to have it
+        const uint8_t* to = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, place, i << shift));
+        if ((selected & lanes) == 0) {  // not a token of ours, or nobody is there to have it
           if (lane == 0) atomicAdd(&outbox.done[item % kOutbox], static_cast<uint32_t>(role.parts));
           continue;
         }
-        const uint8_t* to = record(p.ws, peer, op.parity, p.ws.rank, token_of(item), p.max_tokens, p.record_bytes);
         uint32_t ours = valid & lanes;
         if (p.rank_layout) ours &= -ours;  // one row, whatever K is
         const uint32_t last = kAnswerEnd | static_cast<uint32_t>(item % kOutbox) << 8;
