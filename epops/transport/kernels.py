@@ -386,6 +386,8 @@ def combine(
     _keep_answers(p, plan, shared_bytes(device.index))
     if plan.rows_as == STREAMED and not with_grads and has_bulk_copies(device.index):
         _stream_rows(p, shared_bytes(device.index))
+        if p.launch.rows_as == STREAMED and plan.stream_senders:
+            p.launch.num_senders = min(plan.stream_senders, plan.num_blocks)
     _C.launch_combine(p, stream_of(y))
     return out, grad_weights, status
 

@@ -14,7 +14,11 @@ STREAM_STEPS = 2, 3, 5  # of 256 channels a warp, csrc/combine_streams.cu
 
 
 class Plan(NamedTuple):
-    """How a kernel is laid over the chip; see ``struct Launch`` in csrc/params.h."""
+    """How a kernel is laid over the chip; see ``struct Launch`` in csrc/params.h.
+
+    Where ``rows_as`` is STREAMED the rest is for csrc/combine.cu, if a call cannot stream: csrc/combine_streams.cu has teams of
+    its own and ``stream_senders`` blocks that send, 0 for ``num_senders``.
+    """
 
     num_blocks: int
     num_senders: int
@@ -24,11 +28,13 @@ class Plan(NamedTuple):
     dynamic: int
     pdl: int = 0
     rows_as: int = COUNTED
+    stream_senders: int = 0
 
     def launch(self, phases: int = 3) -> Any:
         made = _C.Launch()
         for name, value in self._asdict().items():
-            setattr(made, name, value)
+            if name != "stream_senders":
+                setattr(made, name, value)
         made.phases = phases
         return made
 
@@ -44,7 +50,8 @@ class Tuning:
     rank, as is what else sets the number of blocks. ``combine_kept_least`` to ``combine_kept_tokens``: M where combine does
     so (csrc/combine_kept.cu), for elements of 16 bits and at most ``combine_kept_answers`` to send a block.
     ``combine_stream_tokens``: M above which combine takes rows by whole-row copies that one warp of a team asks for
-    (csrc/combine_streams.cu), for elements of 16 bits on sm_90 and newer.
+    (csrc/combine_streams.cu), for elements of 16 bits on sm_90 and newer; ``stream_senders``, at most ``num_sms``, of its
+    blocks send: more than the link needs are slower.
     ``limit_blocks``: at most so many blocks (0: no limit). ``beside_sms``: blocks of an op that a start half runs on a
     second stream, up to M ``beside_tokens``; above, matrix products lose more by sharing the chip than the exchange gains,
     and it runs at once. ``pdl``: a kernel's launch overlaps the end of the one before. ``extra``: plans by op, instead of
@@ -54,14 +61,15 @@ class Tuning:
 
     num_sms: int = 32
     spare_sms: int = 4
-    spare_sms_throughput: int = 32
+    spare_sms_throughput: int = 16
     decode_tokens: int = 160
     middle_tokens: int = 1024
     dispatch_kept_tokens: int = 1024
     combine_kept_least: int = 32
     combine_kept_tokens: int = 256
     combine_kept_answers: int = 2
-    combine_stream_tokens: int = 1024
+    combine_stream_tokens: int = 256
+    stream_senders: int = 28
     limit_blocks: int = 0
     beside_sms: int = 64
     beside_tokens: int = 512
@@ -90,18 +98,21 @@ class Tuning:
         if op == "dispatch" and max_tokens <= self.dispatch_kept_tokens:
             blocks = max(1, min(blocks, max(64, max_tokens)))
             return Plan(blocks, blocks, 512, kept_warps(max_tokens, blocks, pieces), 1, 0, self.pdl, KEPT)
-        streams = op == "combine" and max_tokens > self.combine_stream_tokens
-        if op == "combine" and max_tokens <= self.middle_tokens and not streams:
+        how = COUNTED, 0
+        if op == "combine" and max_tokens > self.combine_stream_tokens:
+            how = STREAMED, max(1, min(self.stream_senders, self.num_sms, blocks))
+        if op == "combine" and max_tokens <= self.middle_tokens:
             answers = max_tokens * max(1, num_ranks - 1)
             parts = min(7, pieces)
             if max_tokens <= self.decode_tokens:
                 blocks, parts = max(1, min(blocks, answers)), min(15, pieces)
             kept = self.combine_kept_least <= max_tokens <= self.combine_kept_tokens
-            kept = kept and answers <= self.combine_kept_answers * blocks
-            return Plan(blocks, blocks, 512, parts, parts, 0, self.pdl, KEPT if kept else COUNTED)
+            if kept and answers <= self.combine_kept_answers * blocks and how[0] == COUNTED:
+                how = KEPT, 0
+            return Plan(blocks, blocks, 512, parts, parts, 0, self.pdl, *how)
         blocks = max(1, min(blocks, num_sms - self.spare_sms_throughput))
         send = min(2, pieces) if op == "combine" else 1
-        return Plan(blocks, min(self.num_sms, blocks), 512, send, 1, 1, self.pdl, STREAMED if streams else COUNTED)
+        return Plan(blocks, min(self.num_sms, blocks), 512, send, 1, 1, self.pdl, *how)
 
 
 def kept_warps(max_tokens: int, blocks: int, pieces: int) -> int:
