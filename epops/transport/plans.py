@@ -61,7 +61,7 @@ class Tuning:
 
     num_sms: int = 32
     spare_sms: int = 4
-    spare_sms_throughput: int = 16
+    spare_sms_throughput: int = 32
     decode_tokens: int = 160
     middle_tokens: int = 1024
     dispatch_kept_tokens: int = 1024
