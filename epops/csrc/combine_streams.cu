@@ -76,7 +76,7 @@ struct Role {
 };
 
 // A team's ring as one warp sees it: where the next row and its head lie in shared memory. Rows of all teams come
-// first, then their heads, then words: lanes of a consumer that have no channels read on past the last row.
+// first, then their heads, then words.
 struct Rows {
   uint32_t first_row, first_head, end_head;
   uint32_t row, head;  // addresses in shared memory
@@ -340,8 +340,12 @@ struct Consumer {
     const int channel = part * kSteps * 256 + threadIdx.x % 32 * 8;
     const bool first_lane = threadIdx.x % 32 == 0;
     Raw8<T> own[kSteps];
+    uint32_t at[kSteps];  // of this lane's channels in a row; where it has none, of the last ones
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) own[i].zero();
+    for (int i = 0; i < kSteps; ++i) {
+      own[i].zero();
+      at[i] = min(channel + i * 256, p.hidden - 8) * 2;
+    }
     clear();
 #pragma unroll 1
     for (;;) {
@@ -349,7 +353,7 @@ struct Consumer {
       const uint4 facts = ld_shared_16(rows.head + kFacts);
       Raw8<T> raw[kSteps];
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) raw[i].w = ld_shared_16(rows.row + (channel + i * 256) * 2);
+      for (int i = 0; i < kSteps; ++i) raw[i].w = ld_shared_16(rows.row + at[i]);
       __syncwarp();
       if (first_lane) arrive(rows.head + kEmpty);
       rows.advance();
@@ -491,11 +495,10 @@ int launch_steps(const CombineParams& p, cudaStream_t stream) {
 int read_combine_streams_trace(uint64_t* out) { return cudaMemcpyFromSymbol(out, trace_clock, sizeof(trace_clock)); }
 #endif
 
-// Rows and their heads, then words; what consumers read past the end of the last row of a ring lies before the end.
+// Rows and their heads, then words.
 uint64_t combine_streams_shared_bytes(const CombineParams& p) {
-  const int teams = num_teams(p), past = p.launch.send_warps * p.stream_steps * 512 - row_room(p);
-  const int behind = static_cast<int>(sizeof(Words)) * teams + p.stream_rows * teams * static_cast<int>(sizeof(Head));
-  return static_cast<uint64_t>(teams) * p.stream_rows * row_room(p) + (past > behind ? past : behind);
+  const uint64_t a_row = row_room(p) + sizeof(Head);
+  return num_teams(p) * (p.stream_rows * a_row + sizeof(Words));
 }
 
 int launch_combine_streams(const CombineParams& p, void* stream) {
