@@ -220,7 +220,7 @@ struct CountWords {
   int words;
 
   __device__ __forceinline__ explicit CountWords(const DispatchParams& p) {
-    paired = p.chunk_tokens < 1 << 16;
+    paired = static_cast<int64_t>(p.chunk_tokens) * p.top_k < 1 << 16;
     first_bad = (p.num_slots + 1 + paired) >> paired;
     words = first_bad + 2;
   }
@@ -238,10 +238,7 @@ __device__ __forceinline__ void post_counts(const DispatchParams& p, const Place
       const int slot = word << layout.paired;
       const uint32_t* from = s.count + peer * (p.num_slots + 1) + slot;
       value = from[0];
-      if (layout.paired != 0) {  // only a map of several experts to one slot makes them larger
-        value = min(value, 0xffffu);
-        if (slot < p.num_slots) value |= min(from[1], 0xffffu) << 16;
-      }
+      if (layout.paired != 0 && slot < p.num_slots) value |= from[1] << 16;
     } else {
       value = static_cast<uint32_t>(s.words[kChunkBad + word - layout.first_bad]);
     }
