@@ -263,6 +263,9 @@ def _merge_scales(graph: Graph) -> int:
             continue
         if any(mine[name] != theirs[name] for name in mine if name not in ("x", "x_scales")):
             continue
+        if result_users(rows, 1) or result_users(scales, 1):
+            declined(RULE, second, "the empty scales of a dispatch without scales are used")
+            continue
         if carried.dtype not in (torch.float32, torch.float8_e8m0fnu) or not _few(carried, mine["x"]):
             continue
         late = arguments(second)["x"]
