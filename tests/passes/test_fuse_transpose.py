@@ -253,6 +253,23 @@ def test_pieces_of_pieces_are_joined_in_one_run(program):
     assert count_ops(graph, "cat") == count_ops(graph, "stack") == 0
 
 
+def there_and_back_by_epops(x):
+    """A transposition between two exchanges goes in front of the first one, and meets what is there."""
+    heads = exchanged_by_epops(x, scatter_dim=2, gather_dim=1).transpose(1, 2).contiguous()
+    return exchanged_by_epops(heads, scatter_dim=2, gather_dim=1).transpose(1, 2)
+
+
+def test_one_exchange_behind_another():
+    """`passed` runs the pass a second time, which finds nothing."""
+    graph = passed(there_and_back_by_epops, 2, 3, 4, 5)
+    assert graph.rewrites == {"fuse_transpose": 2} and count_ops(graph, "permute") == 0
+
+
+@pytest.mark.parametrize("program", [heads_to_tokens, tokens_to_heads], ids=lambda program: program.__name__)
+def test_no_tokens(program):
+    assert passed(program, 2, 0, 4, 5).rewrites == {"fuse_transpose": 1}
+
+
 def other_order(x):
     pieces = x.chunk(4, 2)
     return torch.cat(exchanged(torch.cat([pieces[place] for place in (1, 0, 2, 3)], 0)).chunk(4, 0), 1)
