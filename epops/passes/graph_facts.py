@@ -89,7 +89,7 @@ def value(item: Any) -> Any:
 def known_equal(left: Any, right: Any) -> bool:
     """Whether two sizes (ints, SymInts or the nodes that compute them) are equal for certain, without adding a guard."""
     left, right = value(left), value(right)
-    if left is None or right is None:
+    if left is None or right is None or isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
         return False
     if isinstance(left, int) and isinstance(right, int):
         return left == right

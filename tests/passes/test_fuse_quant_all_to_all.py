@@ -312,6 +312,12 @@ def test_gradients_of_what_is_quantized_beside_a_detached_copy():
 # ---- several ranks -----------------------------------------------------------------------------------------------------
 
 
+def by_other_splits(x, splits):
+    q, s = quantizers.per_token(x)
+    rows = epops.all_to_all(q, splits, group="ep", out_size=9).rows
+    return bytes_of(rows, epops.all_to_all(s, splits.flip(0), group="ep", out_size=9).rows)
+
+
 def ragged(rank, size):
     """Uneven splits, with room for more than comes: what lies behind has the bits that a quantizer gives zeros."""
     splits = [[3, 2], [0, 5]]
@@ -322,6 +328,8 @@ def ragged(rank, size):
             for where in (after, before):
                 graph = blocks.passed(where(quantizer, out_size=9), x, ins, passes=[fuse_quant], exact=True)
                 assert graph.rewrites == {"fuse_quant": 1}, (quantizer.__name__, graph.declined)
+        graph = blocks.passed(by_other_splits, x, ins, passes=[fuse_quant], exact=True)
+        assert graph.rewrites == {"fuse_quant": 0} and graph.declined
         even = after(of_heads, scatter_dim=0, gather_dim=1, out_size=7)
         graph = blocks.passed(even, rows(rank, 12).view(4, 3, HIDDEN), passes=[fuse_quant], exact=True)
         assert graph.rewrites == {"fuse_quant": 1}, graph.declined
