@@ -28,7 +28,7 @@ from .graph_facts import (
     source,
     tensor,
 )
-from .rewriting import call, closure_after, erase_unused, hoist, reshape_like, set_arguments
+from .rewriting import call, closure_after, erase_unused, hoist, reshape_like, set_arguments, size
 from .spelled_sums import write_sum
 
 RULE = "fuse_add"
@@ -108,7 +108,8 @@ def _fold_addition(graph: Graph, combine: Node, joint: bool) -> int:
     assert moved is not None, "what the whole operand needs can be hoisted, so can its part"
     hoist(moved, combine)
     with graph.inserting_before(combine):
-        addend = reshape_like(graph, other, outs[0])
+        last = tensor(given["y"]).dim() - 1
+        addend = reshape_like(graph, other, outs[0], lambda: [given["num_tokens"], size(graph, given["y"], last)])
     changes: dict[str, Any] = {"addend": addend, "addend_scale": other_scale}
     scale = math.prod(found.factors) * given["out_scale"]
     if scale != given["out_scale"]:
@@ -120,7 +121,7 @@ def _fold_addition(graph: Graph, combine: Node, joint: bool) -> int:
             result = call(
                 graph, prims.convert_element_type.default, (result, tensor(found.node).dtype), like=found.node
             )
-        result = reshape_like(graph, result, found.node)
+        result = reshape_like(graph, result, found.operand)  # of the shape of the sum, and there before it
     if "has_backward_hook" in found.node.meta:  # of a checkpointed region's result: it is kept for the hook
         result.meta["has_backward_hook"] = found.node.meta["has_backward_hook"]
     found.node.replace_all_uses_with(result)

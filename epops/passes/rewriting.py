@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .graph_facts import (
     is_exchange,
     is_random,
     is_reshape,
+    known_equal,
     same_shape,
     tensor,
     value,
@@ -92,25 +93,35 @@ def size(graph: Graph, node: Node, dim: int) -> int | Node:
     return length if isinstance(length, int) else call(graph, aten.sym_size.int, (node, dim), like=node)
 
 
-def reshape_like(graph: Graph, node: Node, shape_of: Node) -> Node:
-    """``node`` with the shape of ``shape_of``, which has as many elements; an earlier node of its reshapes may have it."""
+def reshape_like(graph: Graph, node: Node, shape_of: Node, sizes: Callable[[], list[Any]] | None = None) -> Node:
+    """``node`` with the shape of ``shape_of``, which has as many elements; an earlier node of its reshapes may have it.
+
+    ``sizes``: that shape as arguments, where ``shape_of`` is computed later.
+    """
     want = tensor(shape_of).shape
     earlier = node
     while not same_shape(tensor(earlier).shape, want):
         if not is_reshape(earlier) or earlier.target in COPIES or tensor(earlier.args[0]) is None:
-            return _reshape(graph, node, shape_of)
+            return _reshape(graph, node, shape_of, sizes)
         earlier = earlier.args[0]
     return earlier
 
 
-def _reshape(graph: Graph, node: Node, shape_of: Node) -> Node:
+def _reshape(graph: Graph, node: Node, shape_of: Node, sizes: Callable[[], list[Any]] | None) -> Node:
     want = tensor(shape_of).shape
     unknown = [dim for dim, length in enumerate(want) if not isinstance(length, int)]
     if len(unknown) <= 1 and all(length != 0 for length in want if isinstance(length, int)):
-        sizes: list[Any] = [-1 if dim in unknown else length for dim, length in enumerate(want)]
+        shape: list[Any] = [-1 if dim in unknown else length for dim, length in enumerate(want)]
     else:
-        sizes = [size(graph, shape_of, dim) for dim in range(len(want))]
-    return call(graph, aten.reshape.default, (node, sizes), like=node)
+        shape = [_size(graph, node, shape_of, dim) for dim in range(len(want))] if sizes is None else sizes()
+    return call(graph, aten.reshape.default, (node, shape), like=node)
+
+
+def _size(graph: Graph, node: Node, shape_of: Node, dim: int) -> int | Node:
+    """A size of ``shape_of``, which may be computed later, where ``node`` has it too."""
+    length = tensor(shape_of).shape[dim]
+    same = next((place for place, other in enumerate(tensor(node).shape) if known_equal(length, other)), None)
+    return size(graph, shape_of, dim) if same is None else size(graph, node, same)
 
 
 def hoist(nodes: Iterable[Node], before: Node) -> None:
