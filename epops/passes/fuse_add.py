@@ -28,7 +28,7 @@ from .graph_facts import (
     source,
     tensor,
 )
-from .rewriting import call, closure_after, erase_unused, hoist, reshape_like, set_arguments, size
+from .rewriting import call, closure_after, erase_unused, hoist, reshape_like, set_arguments
 from .spelled_sums import write_sum
 
 RULE = "fuse_add"
@@ -108,8 +108,7 @@ def _fold_addition(graph: Graph, combine: Node, joint: bool) -> int:
     assert moved is not None, "what the whole operand needs can be hoisted, so can its part"
     hoist(moved, combine)
     with graph.inserting_before(combine):
-        last = tensor(given["y"]).dim() - 1
-        addend = reshape_like(graph, other, outs[0], lambda: [given["num_tokens"], size(graph, given["y"], last)])
+        addend = reshape_like(graph, other, outs[0])
     changes: dict[str, Any] = {"addend": addend, "addend_scale": other_scale}
     scale = math.prod(found.factors) * given["out_scale"]
     if scale != given["out_scale"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -93,35 +93,42 @@ def size(graph: Graph, node: Node, dim: int) -> int | Node:
     return length if isinstance(length, int) else call(graph, aten.sym_size.int, (node, dim), like=node)
 
 
-def reshape_like(graph: Graph, node: Node, shape_of: Node, sizes: Callable[[], list[Any]] | None = None) -> Node:
-    """``node`` with the shape of ``shape_of``, which has as many elements; an earlier node of its reshapes may have it.
-
-    ``sizes``: that shape as arguments, where ``shape_of`` is computed later.
-    """
+def reshape_like(graph: Graph, node: Node, shape_of: Node) -> Node:
+    """``node`` with the shape of ``shape_of``, which has as many elements; an earlier node of its reshapes may have it."""
     want = tensor(shape_of).shape
     earlier = node
     while not same_shape(tensor(earlier).shape, want):
         if not is_reshape(earlier) or earlier.target in COPIES or tensor(earlier.args[0]) is None:
-            return _reshape(graph, node, shape_of, sizes)
+            return _reshape(graph, node, shape_of)
         earlier = earlier.args[0]
     return earlier
 
 
-def _reshape(graph: Graph, node: Node, shape_of: Node, sizes: Callable[[], list[Any]] | None) -> Node:
+def _reshape(graph: Graph, node: Node, shape_of: Node) -> Node:
     want = tensor(shape_of).shape
     unknown = [dim for dim, length in enumerate(want) if not isinstance(length, int)]
     if len(unknown) <= 1 and all(length != 0 for length in want if isinstance(length, int)):
-        shape: list[Any] = [-1 if dim in unknown else length for dim, length in enumerate(want)]
+        sizes: list[Any] = [-1 if dim in unknown else length for dim, length in enumerate(want)]
     else:
-        shape = [_size(graph, node, shape_of, dim) for dim in range(len(want))] if sizes is None else sizes()
-    return call(graph, aten.reshape.default, (node, shape), like=node)
+        sizes = [_size(graph, node, length) for length in want]
+        if sizes.count(None) == 1 and 0 not in sizes:
+            sizes[sizes.index(None)] = -1
+        sizes = [size(graph, shape_of, dim) if length is None else length for dim, length in enumerate(sizes)]
+    return call(graph, aten.reshape.default, (node, sizes), like=node)
 
 
-def _size(graph: Graph, node: Node, shape_of: Node, dim: int) -> int | Node:
-    """A size of ``shape_of``, which may be computed later, where ``node`` has it too."""
-    length = tensor(shape_of).shape[dim]
-    same = next((place for place, other in enumerate(tensor(node).shape) if known_equal(length, other)), None)
-    return size(graph, shape_of, dim) if same is None else size(graph, node, same)
+def _size(graph: Graph, node: Node, length: Any) -> Any:
+    """A size as an argument for what reshapes ``node``, from what is there already: a number, or a size of ``node`` or of an input
+    of the graph; None where neither has it."""
+    if isinstance(length, int):
+        return length
+    for given in (node, *graph.find_nodes(op="placeholder")):
+        if isinstance(value(given), torch.SymInt) and known_equal(given, length):
+            return given
+        for dim, other in enumerate(tensor(given).shape if tensor(given) is not None else ()):
+            if known_equal(other, length):
+                return size(graph, given, dim)
+    return None
 
 
 def hoist(nodes: Iterable[Node], before: Node) -> None:

@@ -292,6 +292,18 @@ def test_dynamic_token_count():
         assert graph.rewrites == {"fuse_quant": 1}, graph.declined
 
 
+def test_a_batch_of_symbolic_sizes():
+    def block(x):
+        sent = epops.all_to_all(x.flatten(0, 1), group="ep").rows
+        return bytes_of(*quantizers.per_token(sent.view(x.shape)))
+
+    given = rows().view(2, 4, HIDDEN)
+    for dim in (0, 1):
+        torch._dynamo.mark_dynamic(given, dim)
+    graph = blocks.passed(block, given, passes=[fuse_quant], exact=True)
+    assert graph.rewrites == {"fuse_quant": 1}, graph.declined
+
+
 def test_gradients_of_what_is_quantized_beside_a_detached_copy():
     """The exchange has a gradient only through what does not go through fp8: then its rows are used besides, and it stays."""
     given = {"x": rows(dtype=torch.float32).nan_to_num(posinf=1.0).clamp(-5, 5)}
