@@ -59,7 +59,7 @@ def read_exchange(node: Node) -> Exchange | None:
     if schema is None or schema.name != "_c10d_functional::all_to_all_single":
         return None
     given = arguments(node)
-    waits = [user for user in node.users if str(user.target).startswith("_c10d_functional.wait_tensor")]
+    waits = [user for user in node.users if _waits(user)]
     sent, came = given["input_split_sizes"], given["output_split_sizes"]
     name = process_groups.epops_name(str(given["group_name"]), len(sent))
     rows = tensor(given["input"])
@@ -67,7 +67,14 @@ def read_exchange(node: Node) -> Exchange | None:
         return None
     total = rows.shape[0]
     even = all(known_equal(value(item) * len(sent), total) for item in [*sent, *came])
-    return Exchange(node, waits[0], given["input"], name, len(sent), 0, 0, sent, came, None, 0, None, even, False)
+    result = waits[0]
+    while len(result.users) == 1 and _waits(next(iter(result.users))):  # torch has waited, and the program waits too
+        result = next(iter(result.users))
+    return Exchange(node, result, given["input"], name, len(sent), 0, 0, sent, came, None, 0, None, even, False)
+
+
+def _waits(node: Node) -> bool:
+    return str(node.target).startswith("_c10d_functional.wait_tensor")
 
 
 def _even_sizes(given: dict[str, Any]) -> bool:

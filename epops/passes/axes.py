@@ -120,7 +120,7 @@ def reshaped(dims: Dims, shape: list[Any]) -> Dims | None:
 
 def _fits(have: Any, size: Any) -> bool:
     if isinstance(have, int) and isinstance(size, int):
-        return have < size and size % have == 0
+        return 0 < have < size and size % have == 0
     return not isinstance(size, int)
 
 

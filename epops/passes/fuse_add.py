@@ -120,7 +120,7 @@ def _fold_addition(graph: Graph, combine: Node, joint: bool) -> int:
             result = call(
                 graph, prims.convert_element_type.default, (result, tensor(found.node).dtype), like=found.node
             )
-        result = reshape_like(graph, result, found.node)
+        result = reshape_like(graph, result, found.operand)  # of the shape of the sum, and there before it
     if "has_backward_hook" in found.node.meta:  # of a checkpointed region's result: it is kept for the hook
         result.meta["has_backward_hook"] = found.node.meta["has_backward_hook"]
     found.node.replace_all_uses_with(result)

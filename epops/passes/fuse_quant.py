@@ -45,7 +45,8 @@ def fuse_quant(graph: Graph) -> int:
     **Requires**: a formula that `quant_formula` reads exactly (block, format and rounding of the scales, eps,
     clamping, the order of roundings); nothing but the formula sees the unquantized rows, or only this dispatch the
     quantized ones; nothing written in between.  Of an all_to_all: rows (the last dim) stay whole; two that become one have the
-    same splits, dims and room.
+    same splits, dims and room.  Ranks that cut or pad rows after quantizing them do so on all ranks: where that changes nothing
+    torch drops it from the graph of that rank, before any pass sees it, and ranks would come to different exchanges.
 
     **Guarantees**: the same bits as the unfused graph in eager mode, in rows and scales, on valid rows (infinities too; a NaN is a
     NaN there too, but may have another sign); whatever else the dispatch returns is unchanged.  Of an all_to_all: on all rows,
@@ -262,6 +263,9 @@ def _merge_scales(graph: Graph) -> int:
         if mine["x_scales"] is not None or theirs["x_scales"] is not None or carried is None:
             continue
         if any(mine[name] != theirs[name] for name in mine if name not in ("x", "x_scales")):
+            continue
+        if result_users(rows, 1) or result_users(scales, 1):
+            declined(RULE, second, "the empty scales of a dispatch without scales are used")
             continue
         if carried.dtype not in (torch.float32, torch.float8_e8m0fnu) or not _few(carried, mine["x"]):
             continue

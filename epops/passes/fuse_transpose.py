@@ -17,6 +17,7 @@ from .graph_facts import (
     is_reshape,
     known_equal,
     nothing_written_between,
+    reshapes_on_all_ranks,
     tensor,
 )
 
@@ -51,6 +52,15 @@ def fuse_transpose(graph: Graph) -> int:
     """
     pieces.join_pieces(graph)
     count = token_order.untranspose(graph)
+    fused = _fuse_all(graph)
+    count += fused
+    while fused:  # the transpose in front of one may be behind another: it goes further up, and is counted once
+        fused = _fuse_all(graph)
+    return count
+
+
+def _fuse_all(graph: Graph) -> int:
+    count = 0
     for node in list(graph.nodes):
         fused, made = 0, _fuse(graph, node)
         while made is not None:  # what is left around it may be of dims that stay whole
@@ -79,7 +89,7 @@ def _chain_after(exchange: Exchange) -> list[Node]:
 
 
 def _moves_axes(node: Any) -> bool:
-    return isinstance(node, Node) and (is_reshape(node) or node.target in PERMUTES)
+    return isinstance(node, Node) and (reshapes_on_all_ranks(node) or node.target in PERMUTES)
 
 
 # ---- the rewrite -------------------------------------------------------------------------------------------------------

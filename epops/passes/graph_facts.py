@@ -89,7 +89,7 @@ def value(item: Any) -> Any:
 def known_equal(left: Any, right: Any) -> bool:
     """Whether two sizes (ints, SymInts or the nodes that compute them) are equal for certain, without adding a guard."""
     left, right = value(left), value(right)
-    if left is None or right is None:
+    if left is None or right is None or isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
         return False
     if isinstance(left, int) and isinstance(right, int):
         return left == right
@@ -121,6 +121,22 @@ def is_reshape(node: Any) -> bool:
     if node.target in RESHAPES:
         return True
     return is_whole_slice(node) or is_whole_expand(node) or is_empty_pad(node) or is_only_entry(node)
+
+
+def reshapes_on_all_ranks(node: Any) -> bool:
+    """Whether a node is a reshape whatever sizes a rank has.
+
+    That a slice keeps all tokens, or padding adds none, or a batch has one entry, says nothing of ranks with other tokens: which
+    exchange there is may not follow from it.  Channels, the last dim, are as many on all ranks.
+    """
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    if node.target in RESHAPES:
+        return True
+    if node.target is aten.slice.Tensor:
+        last = tensor(node) is not None and arguments(node)["dim"] in (-1, tensor(node).dim() - 1)
+        return last and is_whole_slice(node)
+    return is_empty_pad(node) and len(node.args[1]) <= 2
 
 
 def is_whole_slice(node: Node) -> bool:

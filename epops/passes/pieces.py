@@ -17,10 +17,10 @@ from .graph_facts import (
     arguments,
     aten,
     is_exchange,
-    is_reshape,
     known_equal,
     nothing_written_between,
     op_name,
+    reshapes_on_all_ranks,
     tensor,
 )
 from .rewriting import call, erase_unused
@@ -151,7 +151,7 @@ def _selected(given: dict[str, Any], parts: int) -> Cut | None:
 
 
 def _moves(node: Any) -> bool:
-    return is_reshape(node) or (isinstance(node, Node) and node.target in PERMUTES)
+    return reshapes_on_all_ranks(node) or (isinstance(node, Node) and node.target in PERMUTES)
 
 
 def _comes_from_exchange(node: Any) -> bool:

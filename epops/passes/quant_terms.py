@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from .graph_facts import aten, constant, is_cast, is_reshape, keeps_values, known_equal, same_shape, tensor
+from .graph_facts import (
+    aten,
+    constant,
+    is_cast,
+    keeps_values,
+    known_equal,
+    reshapes_on_all_ranks,
+    same_shape,
+    tensor,
+)
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -74,7 +83,7 @@ def _read(node: Node, terms: dict[Node, Term]) -> Term | None:
         return None
     known = [terms.get(item) if isinstance(item, Node) else None for item in node.args]
     first = known[0] if known else None
-    if is_reshape(node):
+    if reshapes_on_all_ranks(node):
         return first
     if is_cast(node):
         return _cast(node, first)
@@ -229,7 +238,7 @@ def _arithmetic(node: Node, known: list[Term | None]) -> Term | None:
         if first.expr in SIGNED:
             return first._replace(expr=AMAX) if first.expr == ENDS else None
         if first.per == "block":
-            return first  # what else a block has is never negative
+            return first if _never_negative(first.expr) else None
         return first._replace(expr=ABS) if first.expr in (X, ABS) else None
     if node.target is aten.view.dtype and first is not None and first.per == "block":
         return first._replace(expr=("as", first.expr, node.args[1]))
@@ -266,9 +275,18 @@ def _arithmetic(node: Node, known: list[Term | None]) -> Term | None:
     return None
 
 
+def _never_negative(expr: Expr) -> bool:
+    """Whether a number of a block has no sign, so that ``abs`` leaves it as it is."""
+    if expr == AMAX:
+        return True
+    if expr[0] in ("max", "mul", "div"):
+        return isinstance(expr[2], float) and (expr[2] > 0) and _never_negative(expr[1])
+    return expr[0] in ("recip", "to") and _never_negative(expr[1])
+
+
 def _with_number(word: str, term: Term, item: Any, dtype: torch.dtype) -> Term | None:
     number = constant(item)
-    if number is None:
+    if number is None or math.isnan(number):
         return None
     divisor = tensor(item) if word == "div" else None
     if divisor is not None and divisor.device.type != "cpu":

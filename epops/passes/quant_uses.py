@@ -8,10 +8,10 @@ import torch
 from torch.fx import Graph, Node
 
 from .decline_log import declined
-from .graph_facts import between, op_name, tensor, writes
+from .graph_facts import between, op_name, prims, tensor, writes
 from .quant_formula import Quantizer, Unknown, recognize, variants
 from .quant_terms import FP8, Term, read_terms
-from .rewriting import erase_unused, reshape_like
+from .rewriting import call, erase_unused, reshape_like
 
 RULE = "fuse_quant"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,10 +28,11 @@ class Uses(NamedTuple):
     def replace(self, graph: Graph, rows: Node, scales: Node) -> None:
         """Give others these ``rows`` and ``scales`` in place of the quantizer's."""
         for node, what in self.outputs.items():
-            if what == "narrow scales" and self.quantizer.scale_format != "ue8m0":
-                continue  # still a cast of the float32 scales
             with graph.inserting_before(node):
                 replacement = reshape_like(graph, rows if what == "rows" else scales, node)
+                if tensor(replacement).dtype != tensor(node).dtype:  # narrow ones beside others, or of no powers of two
+                    to = (replacement, tensor(node).dtype)
+                    replacement = call(graph, prims.convert_element_type.default, to, like=node)
             node.replace_all_uses_with(replacement)
 
     def erase(self) -> None:

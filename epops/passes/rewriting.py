@@ -18,6 +18,7 @@ from .graph_facts import (
     is_exchange,
     is_random,
     is_reshape,
+    known_equal,
     same_shape,
     tensor,
     value,
@@ -109,8 +110,25 @@ def _reshape(graph: Graph, node: Node, shape_of: Node) -> Node:
     if len(unknown) <= 1 and all(length != 0 for length in want if isinstance(length, int)):
         sizes: list[Any] = [-1 if dim in unknown else length for dim, length in enumerate(want)]
     else:
-        sizes = [size(graph, shape_of, dim) for dim in range(len(want))]
+        sizes = [_size(graph, node, length) for length in want]
+        if sizes.count(None) == 1 and 0 not in sizes:
+            sizes[sizes.index(None)] = -1
+        sizes = [size(graph, shape_of, dim) if length is None else length for dim, length in enumerate(sizes)]
     return call(graph, aten.reshape.default, (node, sizes), like=node)
+
+
+def _size(graph: Graph, node: Node, length: Any) -> Any:
+    """A size as an argument for what reshapes ``node``, from what is there already: a number, or a size of ``node`` or of an input
+    of the graph; None where neither has it."""
+    if isinstance(length, int):
+        return length
+    for given in (node, *graph.find_nodes(op="placeholder")):
+        if isinstance(value(given), torch.SymInt) and known_equal(given, length):
+            return given
+        for dim, other in enumerate(tensor(given).shape if tensor(given) is not None else ()):
+            if known_equal(other, length):
+                return size(graph, given, dim)
+    return None
 
 
 def hoist(nodes: Iterable[Node], before: Node) -> None:

@@ -36,7 +36,8 @@ class Place(NamedTuple):
     """``kind``: "tokens" in the other order, "rows" of a dispatch of them, its "route", or "same": what it would be anyway.
 
     ``axis``: where they are; ``spread``: along ``axis`` and ``axis + 1``, unmerged.  ``strided``: a view of what was transposed,
-    not copied yet.  ``parts``: one place a result of an op with several.
+    not copied yet.  ``parts``: one place a result of an op with several.  ``routing``: of which dispatch rows, a route and ends
+    are; rows of another one are elsewhere.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Place(NamedTuple):
     spread: bool = False
     strided: bool = False
     parts: tuple[Place | None, ...] | None = None
+    routing: Any = None
 
 
 Known = Callable[[Any], Place | None]
@@ -80,7 +82,9 @@ def place(node: Node, known: Known, sizes: Sizes) -> Place | None:
     moving = {item: found for item, found in inputs.items() if found.kind != "same"}
     if not moving:  # ends and counts, brought into the form that a product wants
         result = tensor(node)
-        return SAME if inputs and result is not None and result.dim() < 2 else None
+        routings = {found.routing for found in inputs.values()}
+        same = SAME._replace(routing=routings.pop() if len(routings) == 1 else None)
+        return same if inputs and result is not None and result.dim() < 2 else None
     if node.target is aten.sym_size.int:
         return None if moving[node.args[0]].spread else SAME
     if len({found.kind for found in moving.values()}) > 1:
@@ -163,12 +167,12 @@ def _pointwise(node: Node, moving: Moving, sizes: Sizes) -> Place | None:
     if result is None:
         return None
     places = {
-        (found.kind, found.axis + result.dim() - tensor(item).dim(), found.spread) for item, found in moving.items()
+        found._replace(axis=found.axis + result.dim() - tensor(item).dim(), strided=False)
+        for item, found in moving.items()
     }
     if len(places) != 1:
         return None
-    kind, axis, spread = places.pop()
-    found = Place(kind, axis, spread, strided=any(item.strided for item in moving.values()))
+    found = places.pop()._replace(strided=any(item.strided for item in moving.values()))
     return (
         found if all(item in moving or _without(item, result.dim(), found) for item in node.all_input_nodes) else None
     )
@@ -265,10 +269,10 @@ def _product(node: Node, moving: Moving, sizes: Sizes) -> Place | None:
         return None
     places = (moving.get(left), moving.get(right))
     match [found and (found.kind, found.axis) for found in places]:
-        case [(kind, 0), None]:
-            return Place(kind)
-        case [None, (kind, 1)] if not bias:
-            return Place(kind, 1)
+        case [(_, 0), None]:
+            return moving[left]._replace(strided=False)
+        case [None, (_, 1)] if not bias:
+            return moving[right]._replace(strided=False)
         case [("tokens", 1), ("tokens", 0)] if not bias:
             return SAME
     return None
@@ -278,11 +282,14 @@ def _grouped(node: Node, known: Known) -> Place | None:
     """Rows times the matrix of their expert, or the gradient of the matrices; the ends have to be those of the dispatch."""
     left, right, ends = (*node.args, node.kwargs.get("offs"))[:3]
     one, other, found = known(left), known(right), known(ends)
-    if found != SAME or set(node.all_input_nodes) - {left, right, ends}:
+    if found is None or found.routing is None or set(node.all_input_nodes) - {left, right, ends}:
         return None
-    if one == ROWS and other is None and tensor(right).dim() == 3:
-        return ROWS
-    summed = (ROWS, ROWS) if op_name(node) == "grouped_mm_backward_weight" else (ROWS._replace(axis=1), ROWS)
+    rows = ROWS._replace(routing=found.routing)
+    if found.kind != "same":
+        return None
+    if one == rows and other is None and tensor(right).dim() == 3:
+        return rows
+    summed = (rows, rows) if op_name(node) == "grouped_mm_backward_weight" else (rows._replace(axis=1), rows)
     return SAME if (one, other) == summed and tensor(right).dim() == 2 else None
 
 
@@ -305,14 +312,25 @@ def _exchange(node: Node, known: Known) -> Place | None:
         room = layout.capacity("expert", *settings, given["alignment"])
         if known(given["x"]) is None or not known_equal(given["capacity"], room):
             return None  # with less room than the worst case, which rows are dropped depends on their order
-    elif known(given["route"]) != Place("route"):
-        return None
-    for word, wanted in [*((word, TOKENS) for word in tokens), *((word, ROWS) for word in rows)]:
+        names = ("topk_idx", "group", "num_experts", "num_slots", "max_tokens", "capacity", "alignment")
+        routing = tuple(given[name] for name in names)
+    else:
+        route = known(given["route"])
+        if route is None or route.kind != "route":
+            return None
+        routing = route.routing
+    mine = ROWS._replace(routing=routing)
+    for word, wanted in [*((word, TOKENS) for word in tokens), *((word, mine) for word in rows)]:
         found = known(given[word]) if isinstance(given[word], Node) else wanted
         outside = found is None and wanted == TOKENS and "topk_idx" in given
         if not outside and (found is None or found._replace(strided=False) != wanted):
             return None
-    return Place("same", parts=RESULTS[name])
+    return Place("same", parts=tuple(part and _routed(part, routing) for part in RESULTS[name]))
+
+
+def _routed(part: Place, routing: Any) -> Place:
+    """A result of an exchange, with the routing that it goes by."""
+    return part if part.kind == "tokens" else part._replace(routing=routing)
 
 
 EXCHANGES = {

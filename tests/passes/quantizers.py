@@ -323,7 +323,26 @@ def scales_of_the_neighbours(x):
     return (x.float() / scale.roll(1, 0)).clamp(-TOP, TOP).to(FP8), scale.roll(1, 0)
 
 
+def magnitude_of_the_exponent(x):
+    scale = torch.exp2((x.float().abs().amax(-1, keepdim=True).clamp(1e-4) / TOP).log2().ceil().abs())
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def magnitude_of_the_logarithm(x):
+    scale = torch.exp2((x.float().abs().amax(-1, keepdim=True).clamp(1e-4) / TOP).log2().abs().ceil())
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
+def limited_by_nan(x):
+    """What a kernel makes of such a limit is its own business."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=float("nan")) / TOP
+    return (x.float() / scale).clamp(-TOP, TOP).to(FP8), scale
+
+
 UNKNOWN = [
+    magnitude_of_the_exponent,
+    magnitude_of_the_logarithm,
+    limited_by_nan,
     both_ends_without_eps,
     sum_of_both_ends,
     one_where_zero,

@@ -389,6 +389,37 @@ def test_dynamic_shapes():
     assert "s0" in blocks.text(graph)
 
 
+def of_a_batch(given, tokens):
+    return blocks.routed({**given, "x": tokens.reshape(-1, tokens.shape[-1])}).view(tokens.shape)
+
+
+def residual_of_symbolic_sizes(given, tokens):
+    return tokens + of_a_batch(given, tokens)
+
+
+def heads_of_symbolic_sizes(given, tokens):
+    return (of_a_batch(given, tokens).unflatten(-1, (4, -1)) + tokens.unflatten(-1, (4, -1))).flatten(2)
+
+
+def stacked_with_symbolic_sizes(given, tokens):
+    return torch.stack([tokens, of_a_batch(given, tokens)], 2).sum(2, keepdim=True)
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (0, 1, 2)], ids=["batch and length", "channels too"])
+@pytest.mark.parametrize("block", [residual_of_symbolic_sizes, heads_of_symbolic_sizes, stacked_with_symbolic_sizes])
+def test_a_batch_of_symbolic_sizes(block, dims):
+    """Of several symbolic sizes a reshape needs all but one, and has them where it stands."""
+    given = blocks.inputs(tokens=6)
+    tokens = given["x"].view(2, 3, -1)
+    for dim in dims:
+        torch._dynamo.mark_dynamic(tokens, dim)
+    for name in ("experts",) if 2 in dims else ():
+        torch._dynamo.mark_dynamic(given[name], 1)
+        torch._dynamo.mark_dynamic(given[name], 2)
+    graph = blocks.passed(block, given, tokens, passes=[fuse_add])
+    assert graph.rewrites == {"fuse_add": 1}, graph.declined
+
+
 def two_ranks(rank, size):
     with blocks.group():
         given = blocks.inputs(rank, tokens=3 + 4 * rank)

@@ -292,6 +292,18 @@ def test_dynamic_token_count():
         assert graph.rewrites == {"fuse_quant": 1}, graph.declined
 
 
+def test_a_batch_of_symbolic_sizes():
+    def block(x):
+        sent = epops.all_to_all(x.flatten(0, 1), group="ep").rows
+        return bytes_of(*quantizers.per_token(sent.view(x.shape)))
+
+    given = rows().view(2, 4, HIDDEN)
+    for dim in (0, 1):
+        torch._dynamo.mark_dynamic(given, dim)
+    graph = blocks.passed(block, given, passes=[fuse_quant], exact=True)
+    assert graph.rewrites == {"fuse_quant": 1}, graph.declined
+
+
 def test_gradients_of_what_is_quantized_beside_a_detached_copy():
     """The exchange has a gradient only through what does not go through fp8: then its rows are used besides, and it stays."""
     given = {"x": rows(dtype=torch.float32).nan_to_num(posinf=1.0).clamp(-5, 5)}
@@ -312,6 +324,12 @@ def test_gradients_of_what_is_quantized_beside_a_detached_copy():
 # ---- several ranks -----------------------------------------------------------------------------------------------------
 
 
+def by_other_splits(x, splits):
+    q, s = quantizers.per_token(x)
+    rows = epops.all_to_all(q, splits, group="ep", out_size=9).rows
+    return bytes_of(rows, epops.all_to_all(s, splits.flip(0), group="ep", out_size=9).rows)
+
+
 def ragged(rank, size):
     """Uneven splits, with room for more than comes: what lies behind has the bits that a quantizer gives zeros."""
     splits = [[3, 2], [0, 5]]
@@ -322,6 +340,8 @@ def ragged(rank, size):
             for where in (after, before):
                 graph = blocks.passed(where(quantizer, out_size=9), x, ins, passes=[fuse_quant], exact=True)
                 assert graph.rewrites == {"fuse_quant": 1}, (quantizer.__name__, graph.declined)
+        graph = blocks.passed(by_other_splits, x, ins, passes=[fuse_quant], exact=True)
+        assert graph.rewrites == {"fuse_quant": 0} and graph.declined
         even = after(of_heads, scatter_dim=0, gather_dim=1, out_size=7)
         graph = blocks.passed(even, rows(rank, 12).view(4, 3, HIDDEN), passes=[fuse_quant], exact=True)
         assert graph.rewrites == {"fuse_quant": 1}, graph.declined

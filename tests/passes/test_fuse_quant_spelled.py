@@ -87,6 +87,28 @@ def multiplied_back(given):
     return torch.where((sent.row_expert >= 0)[:, None], q.float() * scale, 0)
 
 
+def narrow_scales_of_no_powers(given):
+    """UE8M0 scales that were not rounded before the rows were divided by them."""
+    sent = send(given)
+    q, scale = quantizers.per_token(sent.rows)
+    return valid(sent, q, scale.to(torch.float8_e8m0fnu))
+
+
+def wide_and_narrow_scales(given):
+    sent = send(given)
+    blocks = sent.rows.float().unflatten(-1, (-1, 64))
+    scale = torch.exp2((blocks.abs().amax(-1, keepdim=True).clamp(1e-4) / TOP).log2().ceil())
+    narrow = scale.to(torch.float8_e8m0fnu).squeeze(-1)
+    return valid(sent, (blocks / scale).to(FP8).flatten(1), scale.squeeze(-1), narrow)
+
+
+def all_results(given):
+    """Of each dispatch the empty scales too."""
+    q, scale = quantizers.per_token(given["x"])
+    rows, scales = send(given, q), send(given, scale)
+    return *valid(rows, rows.rows, scales.rows), rows.scales, scales.scales
+
+
 def rounded_scales(given):
     q, scale = quantizers.per_token(given["x"])
     sent = send(given, q, scale.bfloat16().float())
@@ -124,6 +146,8 @@ BLOCKS = {
     "the same twice": (the_same_twice, 1),
     "scales written later": (scales_written_later, 1),
     "tokens written later": (tokens_written_later, 1),
+    "narrow scales of no powers of two": (narrow_scales_of_no_powers, 1),
+    "wide and narrow scales": (wide_and_narrow_scales, 1),
     "multiplied back": (multiplied_back, 1),
     "detached and copied": (arrived(lambda rows, sent: rows.detach().clone()), 1),
     "viewed": (arrived(lambda rows, sent: rows.unflatten(1, (4, -1)).flatten(1)), 1),
@@ -137,6 +161,7 @@ BLOCKS = {
     ),
     "rows turned round": (arrived(lambda rows, sent: there(rows, sent).flip(0).flip(0) * 2), 0),
     "written in place": (arrived(lambda rows, sent: rows.mul_(2)), 0),
+    "all results": (all_results, 0),
     "rounded scales": (rounded_scales, 0),
     "two dispatches": (two_dispatches, 0),
     "to fp8 and back": (rounded_to_fp8_and_back, 0),
@@ -152,6 +177,24 @@ def two_ranks(rank, size):
             if graph.rewrites["fuse_quant"] != count:
                 wrong.append((name, graph.rewrites, list(map(str, graph.declined))))
     return wrong
+
+
+def a_batch_of_its_own(rank, size):
+    """One entry on rank 0, where taking it takes all; two on rank 1, where it leaves rows out."""
+
+    def block(given):
+        q, scale = quantizers.per_token(given["x"].expand(rank + 1, -1, -1).contiguous())
+        sent = send(given, q[0], scale[0])
+        return valid(sent, sent.rows, sent.scales)
+
+    given = rows(rank)
+    given["x"] = given["x"].unsqueeze(0)
+    with blocks.group(timeout=20.0):
+        return blocks.passed(block, given, passes=PASSES, exact=True).rewrites["fuse_quant"]
+
+
+def test_ranks_whose_batches_differ_come_to_one_exchange():
+    assert run_ranks(a_batch_of_its_own, 2) == [0, 0]
 
 
 def test_quantizers_around_dispatches():

@@ -222,7 +222,13 @@ def by_einops(x):
     return einops.rearrange(sent, "r b t h d -> b (r t) h d")
 
 
-SPELLINGS = [by_chunks, by_narrow, by_stacks, by_swapaxes, by_aten, by_einops]
+def by_waiting_once_more(x):
+    batch, tokens, heads, width = x.shape
+    x = x.unflatten(2, (RANKS, -1)).movedim(2, 0).contiguous()
+    return collectives.wait_tensor(exchanged(x)).movedim(0, 1).flatten(1, 2)
+
+
+SPELLINGS = [by_waiting_once_more, by_chunks, by_narrow, by_stacks, by_swapaxes, by_aten, by_einops]
 
 
 @pytest.mark.parametrize("program", SPELLINGS, ids=lambda program: program.__name__)
@@ -251,6 +257,23 @@ def test_pieces_of_pieces_are_joined_in_one_run(program):
     """`passed` runs the pass a second time, which finds nothing."""
     graph = passed(program, 2, 4)
     assert count_ops(graph, "cat") == count_ops(graph, "stack") == 0
+
+
+def there_and_back_by_epops(x):
+    """A transposition between two exchanges goes in front of the first one, and meets what is there."""
+    heads = exchanged_by_epops(x, scatter_dim=2, gather_dim=1).transpose(1, 2).contiguous()
+    return exchanged_by_epops(heads, scatter_dim=2, gather_dim=1).transpose(1, 2)
+
+
+def test_one_exchange_behind_another():
+    """`passed` runs the pass a second time, which finds nothing."""
+    graph = passed(there_and_back_by_epops, 2, 3, 4, 5)
+    assert graph.rewrites == {"fuse_transpose": 2} and count_ops(graph, "permute") == 0
+
+
+@pytest.mark.parametrize("program", [heads_to_tokens, tokens_to_heads], ids=lambda program: program.__name__)
+def test_no_tokens(program):
+    assert passed(program, 2, 0, 4, 5).rewrites == {"fuse_transpose": 1}
 
 
 def other_order(x):

@@ -42,6 +42,14 @@ def experts(x, given, rows=lambda rows, sent: rows, **settings):
     return epops.combine(y, sent.route, sent.row_weights, group="ep", num_tokens=x.shape[0], top_k=2).out
 
 
+def of_two_routings(x, given, rows, ends=lambda one, other: one.expert_ends):
+    """Rows of one dispatch beside those of another, by their places."""
+    weights, chosen = torch.softmax(x @ given["router"], -1).topk(2, -1)
+    one, other = (epops.dispatch(x, idx, weights, group="ep") for idx in (chosen, (chosen + 1) % 3))
+    y = epops.grouped_mm(rows(one, other), given["experts"], ends(one, other))
+    return epops.combine(y, one.route, one.row_weights, group="ep", num_tokens=x.shape[0], top_k=2).out
+
+
 def there(rows, sent):
     return torch.where((sent.row_expert >= 0)[:, None], rows, 0)
 
@@ -121,6 +129,15 @@ ORDERS = {
     ),
     "less room than could be needed": of_tokens(lambda x, given: experts(x, given, capacity=15)),
     "two layers": of_tokens(lambda x, given: experts(experts(x, given) + x, given) + x),
+    "rows of two routings": of_tokens(
+        lambda x, given: of_two_routings(x, given, lambda one, other: one.rows + other.rows)
+    ),
+    "weights of another routing": of_tokens(
+        lambda x, given: of_two_routings(x, given, lambda one, other: one.rows * other.row_weights[:, None])
+    ),
+    "ends of another routing": of_tokens(
+        lambda x, given: of_two_routings(x, given, lambda one, other: one.rows, lambda one, other: other.expert_ends)
+    ),
 }
 
 
