@@ -80,41 +80,46 @@ struct Role {
 struct Rows {
   uint32_t first_row, first_head, end_head;
   uint32_t row, head;  // addresses in shared memory
-  uint32_t room, parity;
+  uint32_t room, ring, parity;
 
   __device__ __forceinline__ Rows(const CombineParams& p, const void* memory, int team, uint32_t parity)
-      : room(row_room(p)), parity(parity) {
+      : room(row_room(p)), ring(p.stream_rows * room), parity(parity) {
     const uint32_t start = shared_address(memory), heads = p.stream_rows * static_cast<uint32_t>(sizeof(Head));
     row = first_row = start + team * p.stream_rows * room;
     head = first_head = start + num_teams(p) * p.stream_rows * room + team * heads;
     end_head = first_head + heads;
   }
-  __device__ __forceinline__ void advance() {
-    head += sizeof(Head);
-    row += room;
-    if (head == end_head) {
-      head = first_head;
-      row = first_row;
+  // By no more rows than there are.
+  __device__ __forceinline__ void advance(uint32_t num = 1) {
+    head += num * static_cast<uint32_t>(sizeof(Head));
+    row += num * room;
+    if (head >= end_head) {
+      head -= end_head - first_head;
+      row -= ring;
       parity ^= 1;
     }
   }
 };
 
-// By all lanes of the producer: a row of `bytes` at `from`, or none where the command says kNoRow.
+// By one lane: the row at `place` of the ring will be `bytes` of `from`, or none where the command says kNoRow.
+__device__ __forceinline__ void put_at(const Rows& place, const void* from, uint32_t bytes, float weight,
+                                       uint32_t command, const void* where) {
+  await_parity(place.head + kEmpty, place.parity);
+  const uint64_t to = reinterpret_cast<uint64_t>(where);
+  st_shared_16(place.head + kFacts, make_uint4(__float_as_uint(weight), command, static_cast<uint32_t>(to),
+                                               static_cast<uint32_t>(to >> 32)));
+  if ((command & kNoRow) != 0) {
+    arrive(place.head);
+  } else {
+    arrive_and_expect(place.head, bytes);
+    bulk_copy(place.row, from, bytes, place.head);
+  }
+}
+
+// By all lanes of the producer: one row.
 __device__ __forceinline__ void put(Rows& rows, const void* from, uint32_t bytes, float weight, uint32_t command,
                                     const void* where) {
-  await_parity(rows.head + kEmpty, rows.parity);
-  if (threadIdx.x % 32 == 0) {
-    const uint64_t to = reinterpret_cast<uint64_t>(where);
-    st_shared_16(rows.head + kFacts, make_uint4(__float_as_uint(weight), command, static_cast<uint32_t>(to),
-                                                static_cast<uint32_t>(to >> 32)));
-    if ((command & kNoRow) != 0) {
-      arrive(rows.head);
-    } else {
-      arrive_and_expect(rows.head, bytes);
-      bulk_copy(rows.row, from, bytes, rows.head);
-    }
-  }
+  if (threadIdx.x % 32 == 0) put_at(rows, from, bytes, weight, command, where);
   __syncwarp();
   rows.advance();
 }
@@ -148,14 +153,22 @@ struct Producer {
   __device__ __forceinline__ float weight_of(int unit, int row) const {
     return p.row_weights != nullptr && row >= 0 ? words.weight[unit % kUnits][threadIdx.x % 32] : 1.f;
   }
-  // Rows of a token, those of the lanes in `valid`, in the order of lanes; `last` goes with the last one.
+  // Rows of a token, those of the lanes in `valid`, in the order of lanes, each by its lane, as many at once as the
+  // ring has places; `last` goes with the last one.
   __device__ __forceinline__ void put_rows(uint32_t valid, int row, float weight, uint32_t last, const void* where) {
+    const uint32_t bit = 1u << threadIdx.x % 32;
 #pragma unroll 1
-    for (; valid != 0; valid &= valid - 1) {
-      const int from = __ffs(valid) - 1;
-      const int at = __shfl_sync(~0u, row, from);
-      const float worth = __shfl_sync(~0u, weight, from);
-      put(rows, row_at(at), row_bytes, worth, (valid & (valid - 1)) == 0 ? last : 0, where);
+    while (valid != 0) {
+      const int before = __popc(valid & (bit - 1));
+      const bool mine = (valid & bit) != 0 && before < p.stream_rows;
+      if (mine) {
+        Rows place = rows;
+        place.advance(before);
+        put_at(place, row_at(row), row_bytes, weight, (valid & -bit) == bit ? last : 0, where);
+      }
+      const uint32_t put_now = __ballot_sync(~0u, mine);
+      rows.advance(__popc(put_now));
+      valid &= ~put_now;
     }
   }
 

@@ -69,7 +69,7 @@ class Tuning:
     combine_kept_tokens: int = 256
     combine_kept_answers: int = 2
     combine_stream_tokens: int = 256
-    stream_senders: int = 28
+    stream_senders: int = 24
     limit_blocks: int = 0
     beside_sms: int = 64
     beside_tokens: int = 512
