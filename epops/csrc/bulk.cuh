@@ -16,11 +16,8 @@ struct Arrival {
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
-#endif
 
-#if __CUDA_ARCH__ >= 900
-// The same and more by addresses in shared memory, for kernels that sm_80 has no use for. A barrier of `count` arrivals
-// a phase; by one thread, before a barrier of the block.
+// By addresses in shared memory. A barrier of `count` arrivals a phase; by one thread, before a barrier of the block.
 __device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -70,8 +67,7 @@ __device__ __forceinline__ void st_shared_16(uint32_t address, uint4 v) {
 // By one thread, before a barrier of the block.
 __device__ __forceinline__ void init_arrival(uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  init_barrier(shared_address(barrier), 1);
 #endif
 }
 
@@ -90,16 +86,9 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* from, uint32
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x % 32 == 0) {
     const uint32_t barrier = shared_address(arrival.barrier);
-    const auto ask = [&](void* to, const void* source, uint32_t num) {
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                       shared_address(to)),
-                   "l"(source), "r"(num), "r"(barrier)
-                   : "memory");
-    };
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes + more_bytes)
-                 : "memory");
-    if (bytes != 0) ask(shared, from, bytes);
-    if (more_bytes != 0) ask(more_shared, more, more_bytes);
+    arrive_and_expect(barrier, bytes + more_bytes);
+    if (bytes != 0) bulk_copy(shared_address(shared), from, bytes, barrier);
+    if (more_bytes != 0) bulk_copy(shared_address(more_shared), more, more_bytes, barrier);
   }
 #else
   const auto copy = [](void* to, const void* source, uint32_t num) {
@@ -116,11 +105,7 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* from, uint32
 
 __device__ __forceinline__ void await_bulk(Arrival& arrival) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n\t.reg .pred done;\n\tagain:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@!done bra "
-      "again;\n\t}" ::"r"(shared_address(arrival.barrier)),
-      "r"(arrival.parity)
-      : "memory");
+  await_parity(shared_address(arrival.barrier), arrival.parity);
   arrival.parity ^= 1;
 #endif
   __syncwarp();
