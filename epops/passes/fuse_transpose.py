@@ -45,7 +45,8 @@ def fuse_transpose(graph: Graph) -> int:
 
     The ranks have to run the same program, as for every collective: a folded ``all_to_all_single`` goes over the communicator of
     the epops group, so that ranks whose graphs differ would wait for one another, until the group's timeout names the rank that
-    did not come.
+    did not come.  Cutting or padding rows before the exchange is such a difference where it changes nothing on one rank: torch
+    drops it from the graph of that rank before any pass sees it.
 
     **Guarantees**: the same elements at the same places; the exchange stays where it was among the others.  Tokens that are
     dispatched in another order get the values that they had; sums over tokens may be rounded in another order.
