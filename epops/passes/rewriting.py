@@ -126,7 +126,7 @@ def _size(graph: Graph, node: Node, length: Any) -> Any:
         if isinstance(value(given), torch.SymInt) and known_equal(given, length):
             return given
         for dim, other in enumerate(tensor(given).shape if tensor(given) is not None else ()):
-            if known_equal(other, length):
+            if not isinstance(other, int) and known_equal(other, length):  # most inputs are parameters
                 return size(graph, given, dim)
     return None
 
