@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 import epops
 from epops.torch_private import symmetric_empty
-from epops.transport.kernels import KEPT, Plan
+from epops.transport.kernels import LINES, Plan
 
 TOP_K, EXPERTS = 8, 256
 REACH = {16: 20.0, 128: 27.0, 512: 58.0, 4096: 350.0}
@@ -239,13 +239,13 @@ def sweep(rank: int, world: int, tokens: list[int]) -> list[dict[str, Any]]:
         if count <= 160:
             for blocks in (64, 128):
                 for parts in (15, 7, 5):
-                    plans["dispatch"].append(Plan(blocks, blocks, 512, parts, 1, 0, 1, KEPT))
+                    plans["dispatch"].append(Plan(blocks, blocks, 512, parts, 1, 0, 1, LINES))
                     plans["combine"].append(Plan(min(blocks, count), min(blocks, count), 512, parts, parts, 0, 1))
         elif count <= 1024:
             for send in (7, 5, 3, 1):
                 for recv in (7, 3, 1):
                     plans["combine"].append(Plan(128, 128, 512, send, recv, 0, 1))
-                plans["dispatch"].append(Plan(128, 128, 512, send, 1, 0, 1, KEPT))
+                plans["dispatch"].append(Plan(128, 128, 512, send, 1, 0, 1, LINES))
             for senders in (64, 96):
                 plans["dispatch"].append(Plan(128, senders, 512, 1, 1, 1, 1))
                 plans["combine"].append(Plan(128, senders, 512, 2, 1, 1, 1))
@@ -270,15 +270,15 @@ def sweep(rank: int, world: int, tokens: list[int]) -> list[dict[str, Any]]:
 
 TRACE_POINTS = {
     "dispatch": "start, after earlier kernels, group state, counted, placed, told, sent, counts came, frame, rows, end",
-    "dispatch_kept": "start, after earlier kernels, group state, made, selections came, told, frame, rows, end",
+    "dispatch_lines": "start, earlier kernels done, group, made, sent, board, lines came, marked, rows came, rows, landed, end",
     "combine": "start, after earlier kernels, group state, sent, told, -, rows, end",
-    "combine_kept": "start, earlier kernels done, group read, answer made, own summed, sent, answer came, added, ended",
+    "combine_lines": "start, earlier kernels done, group read, first done, own summed, answer came, added, ended",
     "combine_streams": "start, after earlier kernels, group state, sends asked for, told, all asked for, rows, end",
 }
 
 
 def trace(rank: int, world: int, tokens: list[int]) -> None:
-    """Microseconds from a block's start to points in the kernels (built with -DEPOPS_TRACE), and times without any peer."""
+    """Microseconds from the end of the kernels before to points in these (a build with -DEPOPS_TRACE), and times without a peer."""
     from epops import _C
     from epops.transport import kernels
 
@@ -287,12 +287,15 @@ def trace(rank: int, world: int, tokens: list[int]) -> None:
         for op in ("dispatch", "combine"):
             time = graph_time(getattr(runner, op), 10, 3)
             plan = runner.group.transport.plan(op, count, 7168)
-            kernel = op + ("", "_kept", "_streams")[plan.rows_as]
+            kernel = op + ("", "_lines", "_streams")[plan.rows_as]
             clocks = torch.tensor(_C.read_trace(kernel), dtype=torch.int64).view(256, 12)[: plan.num_blocks]
             if rank == 0:
                 print(f"trace {kernel} {count}: {time:.1f} us")
+                # Blocks that were there when the kernels before ended have that moment in common.
+                waited = clocks[:, 1] - clocks[:, 0] > 400
+                clocks = clocks[waited] if waited.any() else clocks
                 for point, name in enumerate(TRACE_POINTS[kernel].split(", ")):
-                    since = (clocks[:, point] - clocks[:, 0]).float() / 1980
+                    since = (clocks[:, point] - clocks[:, 1]).float() / 1980
                     since = since[clocks[:, point] >= clocks[:, 0]]
                     if name != "-" and since.numel():
                         low, mid, high = since.min(), since.median(), since.max()

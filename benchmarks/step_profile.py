@@ -10,7 +10,15 @@ import torch
 PROFILED = 10
 """Steps under the profiler."""
 KINDS = {
-    "exchange": ("dispatch_kernel", "dispatch_kept_kernel", "combine_kernel", "scatter_kernel", "ncclDevKernel"),
+    "exchange": (
+        "dispatch_kernel",
+        "dispatch_lines_kernel",
+        "combine_kernel",
+        "combine_lines_kernel",
+        "combine_streams_kernel",
+        "scatter_kernel",
+        "ncclDevKernel",
+    ),
     "grouped product": ("GroupProblemShape", "grouped_mm", "prepare_grouped"),
     "attention": ("fmha", "flash", "attention"),
     "rows": ("map_rows",),

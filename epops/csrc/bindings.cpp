@@ -19,13 +19,18 @@ using namespace epops;
 
 namespace {
 
-void check(int error, const char* op) {
+void check(int error, const char* op, const Launch* launch = nullptr) {
   if (error == cudaSuccess) return;
   std::string text = std::string("epops.") + op +
                      ": the kernel could not be launched: " + cudaGetErrorString(static_cast<cudaError_t>(error));
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     text += std::string("; epops was built for ") + EPOPS_CUDA_ARCHS +
             ", not for this GPU: build it again on this machine, or with EPOPS_CUDA_ARCHS";
+  }
+  if (launch != nullptr) {
+    text += " (" + std::to_string(launch->num_blocks) + " blocks of " + std::to_string(launch->num_threads) +
+            " threads, teams of " + std::to_string(launch->send_warps) + " warps, rows as " +
+            std::to_string(launch->rows_as) + ")";
   }
   (void)cudaGetLastError();
   throw std::runtime_error(text);
@@ -55,6 +60,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("count_words") = kCountWords;
   m.attr("error_words") = kErrorWords;
   m.def("max_chunks", &max_chunks);
+  m.def("lines_bytes", &lines_bytes, "Bytes of a record of so many bytes as lines.");
 
   py::class_<Workspace> ws(m, "Workspace");
   ws.def(py::init([] { return Workspace{}; }))
@@ -64,6 +70,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("max_top_k", &Workspace::max_top_k)
       .def_readwrite("max_slots", &Workspace::max_slots)
       .def_readwrite("board_tokens", &Workspace::board_tokens)
+      .def_readwrite("line_tokens", &Workspace::line_tokens)
+      .def_readwrite("line_bytes", &Workspace::line_bytes)
       .def_readwrite("data_bytes", &Workspace::data_bytes)
       .def_readwrite("ring_bytes", &Workspace::ring_bytes)
       .def_readonly("ring_slots", &Workspace::ring_slots)
@@ -127,15 +135,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("wire_scale_bytes", &DispatchParams::wire_scale_bytes)
       .def_readwrite("out_scale_bytes", &DispatchParams::out_scale_bytes)
       .def_readwrite("record_bytes", &DispatchParams::record_bytes)
+      .def_readwrite("sent_bytes", &DispatchParams::sent_bytes)
       .def_readwrite("tiles", &DispatchParams::tiles)
       .def_readwrite("chunk_tokens", &DispatchParams::chunk_tokens)
       .def_readwrite("num_chunks", &DispatchParams::num_chunks)
       .def_readwrite("num_stages", &DispatchParams::num_stages)
+      .def_readwrite("num_land", &DispatchParams::num_land)
       .def_readwrite("stage_bytes", &DispatchParams::stage_bytes)
       .def_readwrite("piece_bytes", &DispatchParams::piece_bytes)
       .def_readwrite("call_hash", &DispatchParams::call_hash)
       .def("shared_bytes", &dispatch_shared_bytes)
-      .def("kept_shared_bytes", &dispatch_kept_shared_bytes);
+      .def("lines_shared_bytes", &dispatch_lines_shared_bytes);
   address(d, "x", &DispatchParams::x);
   address(d, "x_scales", &DispatchParams::x_scales);
   address(d, "topk_idx", &DispatchParams::topk_idx);
@@ -169,10 +179,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("hidden", &CombineParams::hidden)
       .def_readwrite("rank_layout", &CombineParams::rank_layout)
       .def_readwrite("record_bytes", &CombineParams::record_bytes)
+      .def_readwrite("sent_bytes", &CombineParams::sent_bytes)
       .def_readwrite("stream_steps", &CombineParams::stream_steps)
       .def_readwrite("stream_rows", &CombineParams::stream_rows)
       .def_readwrite("call_hash", &CombineParams::call_hash)
-      .def("kept_shared_bytes", &combine_kept_shared_bytes)
+      .def("lines_shared_bytes", &combine_lines_shared_bytes)
       .def("streams_shared_bytes", &combine_streams_shared_bytes);
   address(c, "y", &CombineParams::y);
   address(c, "row_weights", &CombineParams::row_weights);
@@ -249,14 +260,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   address(a, "status", &AllToAllParams::status);
 
   m.def("launch_dispatch", [](const DispatchParams& p, uintptr_t stream) {
-    const auto launch = p.launch.rows_as == kKept ? launch_dispatch_kept : launch_dispatch;
-    check(launch(p, reinterpret_cast<void*>(stream)), "dispatch");
+    const auto launch = p.launch.rows_as == kLines ? launch_dispatch_lines : launch_dispatch;
+    check(launch(p, reinterpret_cast<void*>(stream)), "dispatch", &p.launch);
   });
   m.def("launch_combine", [](const CombineParams& p, uintptr_t stream) {
-    const auto launch = p.launch.rows_as == kKept       ? launch_combine_kept
+    const auto launch = p.launch.rows_as == kLines      ? launch_combine_lines
                         : p.launch.rows_as == kStreamed ? launch_combine_streams
                                                         : launch_combine;
-    check(launch(p, reinterpret_cast<void*>(stream)), "combine");
+    check(launch(p, reinterpret_cast<void*>(stream)), "combine", &p.launch);
   });
   m.def("launch_scatter", [](const ScatterParams& p, uintptr_t stream) {
     check(launch_scatter(p, reinterpret_cast<void*>(stream)), "combine_backward");
@@ -271,8 +282,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("read_trace", [](const std::string& op) {
     std::vector<uint64_t> clocks(256 * 12);
     const auto read = op == "dispatch"          ? read_dispatch_trace
-                      : op == "dispatch_kept"   ? read_dispatch_kept_trace
-                      : op == "combine_kept"    ? read_combine_kept_trace
+                      : op == "dispatch_lines"  ? read_dispatch_lines_trace
+                      : op == "combine_lines"   ? read_combine_lines_trace
                       : op == "combine_streams" ? read_combine_streams_trace
                                                 : read_combine_trace;
     check(read(clocks.data()), "read_trace");

@@ -374,6 +374,7 @@ __device__ __forceinline__ void receive_all(const DispatchParams& p, const Place
 template <class T>
 __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ Op opened;
   const Places s = carve(reinterpret_cast<uint32_t*>(shared), p);
   Stage stage(shared, p);
   const bool sender = (p.launch.phases & 1) != 0 && blockIdx.x < p.launch.num_senders;
@@ -407,8 +408,9 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __g
     s.lost[i] = s.closed[i] = 0;
     s.num_tokens[i] = 0;
   }
-  const Op op = begin_op(p.ws, region);
+  begin_op(p.ws, region, &opened);
   __syncthreads();
+  const Op op = opened;
   if (touched == 0x7fc0ffee && s.words[kFailed] == -1) return;  // never: it keeps the loads
   if (sender) {
     if (op.excluded) {
@@ -422,7 +424,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1) dispatch_kernel(const __g
   wait_counts(p, s, op, t);
   if (threadIdx.x < 32) trace(7);
   if (blockIdx.x == 0 && threadIdx.x < 32) write_facts(p, s, op);
-  write_frame(p, s, threadIdx.x, blockDim.x);
+  write_frame(p, s, threadIdx.x, blockDim.x, blockIdx.x, gridDim.x);
   if (threadIdx.x < 32) trace(8);
   receive_all<T>(p, s, op, t, stage);
   bulk_wait<0>();

@@ -26,6 +26,7 @@ struct Control {
   uint32_t num_failed;       // blocks of this op that met a failure
   uint32_t excluded;         // nonzero: a peer took this rank out of its mask at that epoch; peers store it
   uint32_t work[2];          // chunks taken by groups, by parity
+  uint32_t answers[2];       // answers taken by teams, likewise
   uint64_t region[2];        // bytes of the data area that the last op of this parity used
   uint32_t dead[kMaxRanks];  // 1: took too long once
 };
@@ -60,9 +61,9 @@ __device__ __forceinline__ uint2* entries(const Workspace& ws, int owner, int pa
   return reinterpret_cast<uint2*>(ws.base[owner] + ws.entries_offset) +
          (static_cast<uint64_t>(parity * ws.num_ranks + source) * ws.max_tokens + token) * ws.max_top_k;
 }
-__device__ __forceinline__ uint64_t* selections(const Workspace& ws, int owner, int parity, int source) {
-  return reinterpret_cast<uint64_t*>(ws.base[owner] + ws.selections_offset) +
-         static_cast<uint64_t>(parity * ws.num_ranks + source) * ws.board_tokens * ((ws.max_top_k + 1) / 2);
+__device__ __forceinline__ uint8_t* selections(const Workspace& ws, int owner, int parity, int source) {
+  return reinterpret_cast<uint8_t*>(ws.base[owner] + ws.selections_offset) +
+         static_cast<uint64_t>(parity * ws.num_ranks + source) * ws.board_tokens * chosen_lines(ws.max_top_k) * 16;
 }
 // Bytes of the data area that an op takes.
 __device__ __forceinline__ uint64_t region_bytes(const Workspace& ws, int max_tokens, int record_bytes) {
@@ -92,6 +93,12 @@ __device__ __forceinline__ Op begin_op(const Workspace& ws, uint64_t region) {
   return op;
 }
 
+// By one thread of a block, for all of it after its next barrier: words that every warp of the chip asks for queue up
+// at the one place where they lie, for a microsecond.
+__device__ __forceinline__ void begin_op(const Workspace& ws, uint64_t region, Op* of_block) {
+  if (threadIdx.x == 0) *of_block = begin_op(ws, region);
+}
+
 __device__ __forceinline__ bool is_dead(const Workspace& ws, int rank) {
   return ld_relaxed_sys(&control(ws, ws.rank)->dead[rank]) != 0;
 }
@@ -114,13 +121,30 @@ inline __device__ __noinline__ void report(const Workspace& ws, int bits, int pe
   }
 }
 
-// A word of this op, or false: the peer is out of the mask, or this rank is. The first to run out of time takes the
-// peer out, for every wait that follows, and tells the peer.
+// Whether a wait for a peer has to end: it or this rank is out of the mask. The first to run out of time takes the peer
+// out, for every wait that follows, and tells the peer. `start` is 0 before the first call: the clock is slow to read.
+inline __device__ __noinline__ bool is_over(const Workspace& ws, uint32_t epoch, int peer, int phase, uint64_t* start) {
+  Control* here = control(ws, ws.rank);
+  if (ld_relaxed_sys(&here->dead[peer]) != 0) return true;
+  if (ld_relaxed_sys(&here->excluded) != 0) {
+    report(ws, kExcluded, peer, phase, epoch);
+    return true;
+  }
+  const uint64_t now = global_timer_ns();
+  if (*start == 0) *start = now;
+  if (now - *start <= ws.timeout_ns) return false;
+  if (atomicExch(&here->dead[peer], 1u) == 0) {
+    report(ws, kTimeout, peer, phase, epoch);
+    st_relaxed_sys(&control(ws, peer)->excluded, epoch);
+  }
+  return true;
+}
+
+// A word of this op, or false: see is_over.
 inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint64_t* word, uint32_t epoch, int peer,
                                                 int phase, uint32_t* value, const uint32_t* give_up,
                                                 uint32_t at_least = 0) {
-  Control* here = control(ws, ws.rank);
-  uint64_t start = 0;  // the clock is slow to read: not before the first turns
+  uint64_t start = 0;
 #pragma unroll 1
   for (uint32_t spin = 1;; ++spin) {
     const uint64_t now = ld_relaxed_sys(word);
@@ -134,20 +158,8 @@ inline __device__ __noinline__ bool wait_slowly(const Workspace& ws, const uint6
       return false;
     }
     if (spin % 64 == 0) {
-      if (ld_relaxed_sys(&here->dead[peer]) != 0) return false;
       if (give_up != nullptr && *static_cast<const volatile uint32_t*>(give_up) != 0) return false;
-      if (ld_relaxed_sys(&here->excluded) != 0) {
-        report(ws, kExcluded, peer, phase, epoch);
-        return false;
-      }
-      if (start == 0) start = global_timer_ns();
-      if (global_timer_ns() - start > ws.timeout_ns) {
-        if (atomicExch(&here->dead[peer], 1u) == 0) {
-          report(ws, kTimeout, peer, phase, epoch);
-          st_relaxed_sys(&control(ws, peer)->excluded, epoch);
-        }
-        return false;
-      }
+      if (is_over(ws, epoch, peer, phase, &start)) return false;
     }
   }
 }
@@ -250,7 +262,7 @@ __device__ __forceinline__ void end_op(const Workspace& ws, const Op& op, uint64
   }
   if (threadIdx.x == 0) {
     if (blockIdx.x == 0) {
-      here->work[op.parity ^ 1] = 0;  // of the next op; nobody else looks at it now
+      here->work[op.parity ^ 1] = here->answers[op.parity ^ 1] = 0;  // of the next op; nobody else looks at them now
       here->region[op.parity] = region;
     }
     atomicAdd(reinterpret_cast<unsigned long long*>(&here->progress), static_cast<unsigned long long>(share));

@@ -10,24 +10,26 @@ namespace epops {
 constexpr int kMaxRanks = 128;
 constexpr int kMaxTopK = 32;
 constexpr int kDispatchThreads = 512;
-constexpr int kKeptThreads = 512;
+constexpr int kLineThreads = 512;
 constexpr int kCombineThreads = 512;  // fewer, with twice the registers: more rows in flight a thread
 constexpr int kPlaceEntries = 2048;   // selections whose places a block keeps in shared memory at a time
 constexpr int kMaxSlots = 4096;       // an entry packs the slot in 12 bits and the position in 20
 constexpr int kMaxTokens = 1 << 20;
 
 // One rank's memory, mapped by all peers, zero before the first op. The same offsets on every rank. Tagged areas
-// (headers, counts, flags, selections) hold 64-bit words {epoch, value}; they are never used for anything else, so that
-// what an earlier op left there cannot be taken for this op's. Everything but the control block and the data exists
-// twice: op s uses copy s % 2. A rank that sees a word of op s from a peer knows that the peer has finished op s - 1,
-// so copy (s + 1) % 2 there is free to write. The data area is one: even ops use its low end, odd ops its high end, and
-// an op that overlaps the one before waits for a word of its own from a peer before it stores rows there.
+// (headers, counts, flags) hold 64-bit words {epoch, value}, selections and lines have the epoch at fixed places; they
+// are never used for anything else, so that what an earlier op left there cannot be taken for this op's. Everything but
+// the control block and the data exists twice: op s uses copy s % 2. A rank that sees a word of op s from a peer knows
+// that the peer has finished op s - 1, so copy (s + 1) % 2 there is free to write. The data area is one: even ops use
+// its low end, odd ops its high end, and an op that overlaps the one before waits for a word of its own from a peer
+// before it stores rows there.
 struct Workspace {
   uint64_t base[kMaxRanks];
   uint64_t counts_offset;      // [2][R][max_chunks(R)][max_slots + kCountWords] tagged
   uint64_t flags_offset;       // [2][R][max_tokens] tagged
   uint64_t entries_offset;     // [2][R][max_tokens][max_top_k] 8 bytes
-  uint64_t selections_offset;  // [2][R][board_tokens][(max_top_k + 1) / 2] tagged
+  uint64_t selections_offset;  // [2][R][board_tokens][chosen_lines(max_top_k)] 16 bytes, see board.cuh
+  uint64_t lines_offset;       // [2][R - 1][line_tokens][line_bytes], see lines.cuh
   uint64_t data_offset;        // [R - 1][M] records, from the low or the high end
   uint64_t data_bytes;
   uint64_t ring_offset;  // of all_to_all, see ring.cuh; nothing where ring_bytes is 0
@@ -40,10 +42,20 @@ struct Workspace {
   int32_t max_top_k;
   int32_t max_slots;
   int32_t board_tokens;  // tokens whose selections have room, 0 none
+  int32_t line_tokens;   // tokens whose records have room as lines, 0 none
+  int32_t line_bytes;    // of one record as lines at most
   int32_t ring_slots;    // chunks that a pair has room for
   int32_t slot_bytes;    // of one chunk at most
   int32_t tagged_bytes;  // a piece up to this size travels as tagged words
 };
+
+// Lines of 16 bytes that a token's selections take, eight a line: see board.cuh.
+constexpr int chosen_lines(int top_k) { return (top_k + 7) / 8; }
+
+// Rows as lines, see lines.cuh: steps of a warp.
+constexpr int kStepBytes = 512, kStepContent = 480;  // of a step as it travels, and of a record in it
+constexpr int line_steps(int bytes) { return (bytes + kStepContent - 1) / kStepContent; }
+constexpr int lines_bytes(int bytes) { return line_steps(bytes) * kStepBytes; }
 
 constexpr int kCountWords = 3;  // beside a chunk's slots: its tokens for the rank, bad and repeated selections
 constexpr int kMaxChunks = 32;
@@ -66,10 +78,10 @@ struct Launch {
   int32_t pdl;
 };
 
-// How rows travel: a dispatch's behind counts (dispatch.cu), or kept by their sender till all are placed
-// (dispatch_kept.cu); a combine's as they are stored (combine.cu), or kept till they have landed (combine_kept.cu), or
-// through rings that one warp of a team fills (combine_streams.cu).
-enum RowsAs : int32_t { kCounted = 0, kKept = 1, kStreamed = 2 };
+// How rows travel: a dispatch's behind counts (dispatch.cu), a combine's behind flags (combine.cu), or through rings
+// that one warp of a team fills (combine_streams.cu); those of few tokens as lines (dispatch_lines.cu,
+// combine_lines.cu).
+enum RowsAs : int32_t { kCounted = 0, kLines = 1, kStreamed = 2 };
 
 enum Layout : int32_t { kExpert = 0, kRank = 1, kBatched = 2 };
 enum ScaleFormat : int32_t { kFloat32 = 0, kUe8m0 = 1, kFloat32Pow2 = 2 };
@@ -118,12 +130,15 @@ struct DispatchParams {
   int32_t num_scales;
   int32_t wire_scale_bytes, out_scale_bytes;  // of one scale; 4 or 1
   int32_t record_bytes;
-  int32_t tiles;         // of 32 tokens, placed together
-  int32_t chunk_tokens;  // tokens that are counted together; from sizes alone, as peers read the counts
-  int32_t num_chunks;    // of max_tokens
-  int32_t num_stages;    // records that a block of dispatch_kept.cu has room for
-  int32_t stage_bytes;   // of shared memory that a warp, or a kept record, has
-  int32_t piece_bytes;   // of a row that pass through a stage of dispatch.cu at once, a multiple of 512 or all of it
+  int32_t sent_bytes;      // of a record as lines: with its weights
+  int32_t num_land;        // of num_stages those for rows of peers
+  uint32_t lines_inverse;  // 2^32 / lines of a rank's selections, rounded up
+  int32_t tiles;           // of 32 tokens, placed together
+  int32_t chunk_tokens;    // tokens that are counted together; from sizes alone, as peers read the counts
+  int32_t num_chunks;      // of max_tokens
+  int32_t num_stages;      // records that a team of dispatch_lines.cu has room for
+  int32_t stage_bytes;     // of shared memory that a warp, or a record, has
+  int32_t piece_bytes;     // of a row that pass through a stage of dispatch.cu at once, a multiple of 512 or all of it
   uint32_t call_hash;
 };
 
@@ -142,6 +157,7 @@ struct CombineParams {
   int32_t in_dtype, out_dtype;
   int32_t num_tokens, max_tokens, top_k, num_experts, num_slots, num_rows, hidden, rank_layout;
   int32_t record_bytes;
+  int32_t sent_bytes;    // of a record as lines: with the gradients of weights
   int32_t stream_steps;  // of 256 channels that a warp of combine_streams.cu has
   int32_t stream_rows;   // that a team of it has room for
   uint32_t call_hash;
@@ -215,14 +231,14 @@ enum Phase : int32_t { kPhaseHeader = 1, kPhaseCounts = 2, kPhaseRows = 3, kPhas
 uint64_t layout_workspace(Workspace& ws);
 // Bytes of dynamic shared memory that the kernels need; the host compares with the device's limit.
 uint64_t dispatch_shared_bytes(const DispatchParams& p);
-uint64_t dispatch_kept_shared_bytes(const DispatchParams& p);
-uint64_t combine_kept_shared_bytes(const CombineParams& p);
+uint64_t dispatch_lines_shared_bytes(const DispatchParams& p);
+uint64_t combine_lines_shared_bytes(const CombineParams& p);
 uint64_t combine_streams_shared_bytes(const CombineParams& p);
 // Launch on `stream`; return a cudaError_t.
 int launch_dispatch(const DispatchParams& p, void* stream);
-int launch_dispatch_kept(const DispatchParams& p, void* stream);
+int launch_dispatch_lines(const DispatchParams& p, void* stream);
 int launch_combine(const CombineParams& p, void* stream);
-int launch_combine_kept(const CombineParams& p, void* stream);
+int launch_combine_lines(const CombineParams& p, void* stream);
 int launch_combine_streams(const CombineParams& p, void* stream);
 int launch_scatter(const ScatterParams& p, void* stream);
 int launch_all_to_all(const AllToAllParams& p, void* stream);
@@ -230,9 +246,9 @@ int launch_all_to_all_small(const AllToAllParams& p, void* stream);
 
 #ifdef EPOPS_TRACE
 int read_dispatch_trace(uint64_t* out);  // (256, 12)
-int read_dispatch_kept_trace(uint64_t* out);
+int read_dispatch_lines_trace(uint64_t* out);
 int read_combine_trace(uint64_t* out);
-int read_combine_kept_trace(uint64_t* out);
+int read_combine_lines_trace(uint64_t* out);
 int read_combine_streams_trace(uint64_t* out);
 #endif
 

@@ -5,23 +5,29 @@
 
 namespace epops {
 
-// A wait for a word of `source` has ended without it.
-__device__ __forceinline__ void lose_source(const DispatchParams& p, const Places& s, int source) {
-  *const_cast<volatile uint32_t*>(&s.lost[source]) = 1;
-  s.words[kFailed] = 1;
-  if (ld_relaxed_sys(&control(p.ws, p.ws.rank)->excluded) != 0) {
-    atomicOr(&s.words[kBits], kExcluded);
-  } else if (is_dead(p.ws, source)) {
-    atomicOr(&s.words[kBits], kTimeout);
+// A wait for a word of `source` has ended without it. By pointers: a struct by reference would lie in memory.
+__device__ __forceinline__ void lose_source(const Workspace& ws, uint32_t* lost, int32_t* words, int source) {
+  *const_cast<volatile uint32_t*>(&lost[source]) = 1;
+  words[kFailed] = 1;
+  if (ld_relaxed_sys(&control(ws, ws.rank)->excluded) != 0) {
+    atomicOr(&words[kBits], kExcluded);
+  } else if (is_dead(ws, source)) {
+    atomicOr(&words[kBits], kTimeout);
   }
 }
+__device__ __forceinline__ void lose_source(const DispatchParams& p, const Places& s, int source) {
+  lose_source(p.ws, s.lost, s.words, source);
+}
 
+__device__ __forceinline__ void disagree(const Workspace& ws, uint32_t* lost, int32_t* words, uint32_t epoch,
+                                         int source) {
+  *const_cast<volatile uint32_t*>(&lost[source]) = 1;
+  atomicOr(&words[kBits], kDisagree);
+  report(ws, kDisagree, source, kPhaseHeader, epoch);
+}
 __device__ __forceinline__ void check_hash(const DispatchParams& p, const Places& s, const Op& op, int source,
                                            uint32_t hash) {
-  if (hash == p.call_hash) return;
-  *const_cast<volatile uint32_t*>(&s.lost[source]) = 1;
-  atomicOr(&s.words[kBits], kDisagree);
-  report(p.ws, kDisagree, source, kPhaseHeader, op.epoch);
+  if (hash != p.call_hash) disagree(p.ws, s.lost, s.words, op.epoch, source);
 }
 
 // Selections of a source that counted as -1: its bits are everybody's, their number its own.
@@ -30,33 +36,33 @@ __device__ __forceinline__ void note_bad(const DispatchParams& p, const Places& 
   if (source == p.ws.rank) atomicAdd(&s.words[repeated ? kNumRepeated : kNumBad], num);
 }
 
-// Where each slot's group starts, from `tally`, by the first warp.
+// Where each slot's group starts, from `tally`, by the first warp, a lane several slots in a row.
 __device__ __forceinline__ void find_starts(const DispatchParams& p, const Places& s) {
-  if (threadIdx.x < 32) {  // running starts: one warp, 32 slots a step
-    const int lane = threadIdx.x;
-    int carry = 0, kept = 0;
+  if (threadIdx.x < 32) {
+    const int lane = threadIdx.x, each = (p.num_slots + 31) / 32;
+    const int first = min(lane * each, p.num_slots), last = min(first + each, p.num_slots);
+    int sum = 0, kept = 0;
 #pragma unroll 1
-    for (int slot0 = 0; slot0 < p.num_slots; slot0 += 32) {
-      const int slot = slot0 + lane;
-      const int tally = slot < p.num_slots ? s.tally[slot] : 0;
-      const int width = (tally + p.alignment - 1) / p.alignment * p.alignment;
-      int end = width;
-#pragma unroll 1
-      for (int step = 1; step < 32; step <<= 1) {
-        const int other = __shfl_up_sync(~0u, end, step);
-        if (lane >= step) end += other;
-      }
-      end += carry;
-      if (slot < p.num_slots) {
-        s.start[slot] = p.layout == kBatched ? slot * p.ws.num_ranks * p.max_tokens : end - width;
-        kept += p.layout == kExpert ? min(tally, max(0, p.capacity - (end - width))) : tally;
-      }
-      carry = __shfl_sync(~0u, end, 31);
+    for (int slot = first; slot < last; ++slot) {
+      s.start[slot] = sum;
+      const int tally = s.tally[slot];
+      sum += p.alignment == 1 ? tally : (tally + p.alignment - 1) / p.alignment * p.alignment;
+    }
+    int end = sum;
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+      const int other = __shfl_up_sync(~0u, end, step);
+      if (lane >= step) end += other;
     }
 #pragma unroll 1
-    for (int step = 16; step > 0; step >>= 1) kept += __shfl_xor_sync(~0u, kept, step);
-    if (lane == 0) {
-      s.start[p.num_slots] = carry;  // the last aligned end
+    for (int slot = first; slot < last; ++slot) {
+      const int start = end - sum + s.start[slot];
+      s.start[slot] = p.layout == kBatched ? slot * p.ws.num_ranks * p.max_tokens : start;
+      kept += p.layout == kExpert ? min(s.tally[slot], max(0, p.capacity - start)) : s.tally[slot];
+    }
+    kept = static_cast<int>(__reduce_add_sync(~0u, static_cast<unsigned>(kept)));
+    if (lane == 31) {
+      s.start[p.num_slots] = end;  // the last aligned end
       if (p.layout == kRank) kept = min(s.tally[p.num_slots], p.capacity);
       s.words[kRowsKept] = kept;
     }
@@ -207,15 +213,16 @@ __device__ __forceinline__ void zero_row(const DispatchParams& p, int row) {  //
   }
 }
 
-// Everything that follows from the counts alone, by `here` threads of every block: gaps, the facts of rows that do not
-// exist, counts, ends.
-__device__ __forceinline__ void write_frame(const DispatchParams& p, const Places& s, int here_thread, int here) {
-  const int thread = blockIdx.x * here + here_thread, threads = gridDim.x * here;
+// Everything that follows from the counts alone, by `here` threads of every one of `blocks` blocks: gaps, the facts of
+// rows that do not exist, counts, ends.
+__device__ __forceinline__ void write_frame(const DispatchParams& p, const Places& s, int here_thread, int here,
+                                            int block, int blocks) {
+  const int thread = block * here + here_thread, threads = blocks * here;
   const int lane = threadIdx.x % 32;
   if (p.layout == kExpert) {
     // Alignment gaps are zero rows: a NaN there would poison weight gradients.
 #pragma unroll 1
-    for (int slot = blockIdx.x; slot < p.num_slots; slot += gridDim.x) {
+    for (int slot = block; slot < p.num_slots; slot += blocks) {
       const int first = s.start[slot] + s.tally[slot];
       const int last = min(s.start[slot + 1], p.capacity);
 #pragma unroll 1
@@ -236,7 +243,7 @@ __device__ __forceinline__ void write_frame(const DispatchParams& p, const Place
 #pragma unroll 1
     for (int row = first + thread; row < p.capacity; row += threads) clear_row_facts(p, row);
   }
-  if (blockIdx.x == gridDim.x - 1) {  // the last block: it sends nothing where only some do
+  if (block == blocks - 1) {  // the last block: it sends nothing where only some do
 #pragma unroll 1
     for (int slot = here_thread; slot < p.num_slots; slot += here) {
       int rows = s.tally[slot];

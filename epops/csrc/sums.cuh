@@ -23,16 +23,27 @@ struct TokenRows {
   int num;
 };
 
+// Place of the set bit number `n` (from 0) of `bits`, which has more.
+__device__ __forceinline__ int place_of_bit(uint32_t bits, int n) {
+  int place = 0;
+#pragma unroll
+  for (int step = 16; step > 0; step >>= 1) {
+    const int below = __popc(bits >> place & ((1u << step) - 1));
+    if (below <= n) {
+      n -= below;
+      place += step;
+    }
+  }
+  return place;
+}
+
 __device__ __forceinline__ TokenRows token_rows(const CombineParams& p, int row_of_selection) {
   const int lane = threadIdx.x % 32;
   uint32_t valid = __ballot_sync(~0u, row_of_selection >= 0);
   if (p.rank_layout) valid &= -valid;  // one row, whatever K is
   TokenRows rows{-1, 1.f, __popc(valid)};
-#pragma unroll 1
-  for (int i = 0; valid != 0; ++i, valid &= valid - 1) {
-    const int row = __shfl_sync(~0u, row_of_selection, __ffs(valid) - 1);
-    if (lane == i) rows.row = row;
-  }
+  const int row = __shfl_sync(~0u, row_of_selection, place_of_bit(valid, lane) & 31);
+  if (lane < rows.num) rows.row = row;
   if (p.row_weights != nullptr && rows.row >= 0) rows.weight = p.row_weights[rows.row];
   return rows;
 }

@@ -31,6 +31,21 @@ __device__ __forceinline__ Team my_team(int parts, int posters = 1) {
   return t;
 }
 
+// Blocks that do the same, and this one's number among them.
+struct Crew {
+  bool sends, places;
+  int block, blocks;
+
+  __device__ __forceinline__ explicit Crew(const Launch& launch) {
+    const int all = gridDim.x, here = blockIdx.x, senders = launch.num_senders;
+    const bool apart = senders < all;
+    sends = !apart || here < senders;
+    places = !apart || here >= senders;
+    block = apart && places ? here - senders : here;
+    blocks = !apart ? all : sends ? senders : all - senders;
+  }
+};
+
 // A barrier of all warps but the poster.
 __device__ __forceinline__ void team_sync(const Team& t) { barrier_sync(1, t.num_threads); }
 

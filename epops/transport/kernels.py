@@ -17,7 +17,8 @@ import torch
 import epops._C as _C
 
 from .. import layout as words
-from .plans import COUNTED, KEPT, STREAMED, stream_team
+from . import room
+from .plans import COUNTED, LINES, STREAMED
 from .plans import Plan as Plan
 from .plans import Tuning as Tuning
 
@@ -28,9 +29,8 @@ ARCHS = [name for name in _C.cuda_archs.split(";") if name]
 QUANT_MATHS = {"divide": 0, "multiply": 1, "reciprocal": 2, "reciprocal_exact": 3, "reciprocal_amax": 4}
 TABLE_BYTES = 100 << 10  # of shared memory that a dispatch of many tokens has for tables, where it has a choice
 BOARD_TOKENS = 1024  # tokens a rank whose selections have room
-BOARD_WORDS, TABLE_WORDS = 40 << 10, 16 << 10  # selections, or counts, that every block of a dispatch reads
-COMBINE_THREADS = 512
-STREAM_ROWS, LEAST_STREAM_ROWS = 32, 4  # of a team of csrc/combine_streams.cu, at most and at least
+LINE_TOKENS = 1024  # tokens a rank whose records have room as lines
+TABLE_WORDS = 16 << 10  # of counts, which every block of a dispatch reads
 QUANT_BLOCKS = words.QUANT_BLOCKS
 
 
@@ -60,6 +60,8 @@ def lay_out(rank: int, num_ranks: int, sizes: Sizes, timeout: float) -> tuple[An
     # Records of one op, or of two where they are small: ops that share the room wait for one another.
     copies = 2 if sizes.max_tokens <= 1024 else 1
     ws.data_bytes = copies * peers * sizes.max_tokens * sizes.row_bytes
+    ws.line_tokens = min(sizes.max_tokens, LINE_TOKENS) if peers else 0
+    ws.line_bytes = _C.lines_bytes(sizes.row_bytes + room.beside_bytes(sizes.top_k))
     ws.ring_bytes = sizes.ring_bytes
     ws.timeout_ns = int(timeout * 1e9)
     return ws, ws.layout()
@@ -262,14 +264,14 @@ def dispatch(
     p.route, p.status = address(route), address(status)
     p.num_chunks, p.chunk_tokens = 1, max(1, max_tokens)
     shared = shared_bytes(device.index)
-    p.launch.rows_as = rows_as = _rows_as(p, plan, shared)
+    p.launch.rows_as = rows_as = room.rows_as(p, plan, shared)
     if rows_as == COUNTED:
         p.chunk_tokens = -(-p.chunk_tokens // num_chunks(num_ranks, num_slots))
         p.num_chunks = -(-max(1, max_tokens) // p.chunk_tokens)
         p.tiles = 4
         if p.shared_bytes() > TABLE_BYTES:
             p.tiles = 1
-        _lay_out_stages(p, shared)
+        room.lay_out_stages(p, shared)
     p.call_hash = call_hash(
         "dispatch", max_tokens, top_k, p.record_bytes, p.row_bytes, num_slots, num_experts, p.layout, lane, alignment,
         capacity, rows_as,
@@ -295,29 +297,6 @@ def has_bulk_copies(device: int | None) -> bool:
 def _rounded_inverse(value: float) -> float:
     """1 / value, in float32."""
     return float(torch.tensor(1.0) / torch.tensor(value))
-
-
-def _rows_as(p: Any, plan: Plan, shared: int) -> int:
-    """How rows travel: as the plan says, where that fits; from what is equal on all ranks.  Sets the stages of kept rows."""
-    words_read = p.ws.num_ranks * p.max_tokens * -(-p.top_k // 2)
-    if plan.rows_as != KEPT or plan.send_warps == 0 or words_read > BOARD_WORDS or p.max_tokens > p.ws.board_tokens:
-        return COUNTED
-    p.stage_bytes, p.num_stages = -(-p.record_bytes // 128) * 128, 0
-    room = (shared - p.kept_shared_bytes()) // (p.stage_bytes + 8)
-    p.num_stages = max(0, min(plan.num_threads // 32, room))
-    return KEPT if p.num_stages >= -(-max(1, p.max_tokens) // plan.num_blocks) else COUNTED
-
-
-def _lay_out_stages(p: Any, shared: int) -> None:
-    """A stage a warp for rows on their way: all of a row and its scales, or as much as fits; fewer warps where that is little."""
-    scales = p.record_bytes - p.row_bytes
-    for warps in (16, 8, 4, 2):  # one of them tells peers
-        p.launch.num_threads, p.stage_bytes = 32 * warps, 0
-        room = (shared - p.shared_bytes()) // warps - scales - 128
-        if room >= min(p.row_bytes, 2048):
-            break
-    p.piece_bytes = p.row_bytes if room >= p.row_bytes else room // 512 * 512
-    p.stage_bytes = -(-(p.piece_bytes + scales) // 128) * 128
 
 
 def _empty_scales(
@@ -380,57 +359,19 @@ def combine(
     p.y, p.route, p.row_weights, p.addend = address(y), address(route), address(row_weights), address(addend)
     p.grad_row_weights, p.grad_topk_weights = address(grad_row_weights), address(grad_weights)
     p.out, p.status = address(out), address(status)
-    p.call_hash = call_hash(
-        op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane
-    )  # fmt: skip
-    _keep_answers(p, plan, shared_bytes(device.index))
-    if plan.rows_as == STREAMED and not with_grads and has_bulk_copies(device.index):
-        _stream_rows(p, shared_bytes(device.index))
+    p.launch.rows_as = COUNTED
+    p.sent_bytes = p.record_bytes + (room.beside_bytes(top_k) if with_grads else 0)
+    if plan.rows_as == LINES:
+        room.answer_lines(p, plan, shared_bytes(device.index))
+    elif plan.rows_as == STREAMED and not with_grads and has_bulk_copies(device.index):
+        room.stream_rows(p, shared_bytes(device.index))
         if p.launch.rows_as == STREAMED and plan.stream_senders:
             p.launch.num_senders = min(plan.stream_senders, plan.num_blocks)
+    p.call_hash = call_hash(
+        op, max_tokens, top_k, p.record_bytes, num_slots, num_experts, p.rank_layout, lane, p.launch.rows_as == LINES
+    )  # fmt: skip
     _C.launch_combine(p, stream_of(y))
     return out, grad_weights, status
-
-
-def _keep_answers(p: Any, plan: Plan, shared: int) -> None:
-    """Teams of `csrc/combine_kept.cu`, where the plan asks for it and it takes this call: one a token of the block, or as
-    many as have room for an answer each.  A rank's own affair: what travels is the same."""
-    p.launch.rows_as = COUNTED
-    if plan.rows_as != KEPT or p.in_dtype != p.out_dtype or p.in_dtype == DTYPES[torch.float32]:
-        return
-    items = p.max_tokens * max(1, p.ws.num_ranks - 1)
-    warps = COMBINE_THREADS // 32
-    wanted = max(1, warps // max(1, -(-items // plan.num_blocks)))
-    wanted = min(wanted, max(1, -(-p.hidden // 512)))  # a warp's step is 512 channels
-    settings = p.launch.send_warps, p.launch.recv_warps, p.launch.num_threads
-    for parts in range(wanted, warps + 1):
-        p.launch.send_warps = p.launch.recv_warps = parts
-        p.launch.num_threads = COMBINE_THREADS
-        if p.kept_shared_bytes() <= shared:
-            p.launch.rows_as = KEPT
-            return
-    p.launch.send_warps, p.launch.recv_warps, p.launch.num_threads = settings
-
-
-def _stream_rows(p: Any, shared: int) -> None:
-    """Teams of `csrc/combine_streams.cu` and their room for rows, where it takes this call.  A rank's own affair: what
-    travels is the same."""
-    if p.in_dtype != p.out_dtype or p.in_dtype == DTYPES[torch.float32]:
-        return
-    warps = COMBINE_THREADS // 32
-    steps, parts = stream_team(p.hidden, warps)
-    if parts == 0:
-        return
-    settings = p.launch.send_warps, p.launch.recv_warps, p.launch.num_threads
-    p.launch.send_warps = p.launch.recv_warps = parts
-    p.launch.num_threads, p.stream_steps = COMBINE_THREADS, steps
-    teams = (warps - 1) // (parts + 1)
-    for rows in range(min(STREAM_ROWS, shared // (teams * p.record_bytes)), LEAST_STREAM_ROWS - 1, -1):
-        p.stream_rows = rows
-        if p.streams_shared_bytes() <= shared:
-            p.launch.rows_as = STREAMED
-            return
-    p.launch.send_warps, p.launch.recv_warps, p.launch.num_threads = settings
 
 
 def combine_backward(

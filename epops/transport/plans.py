@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import epops._C as _C
 
-COUNTED, KEPT, STREAMED = range(3)  # how rows travel, csrc/params.h RowsAs
+COUNTED, LINES, STREAMED = range(3)  # how rows travel, csrc/params.h RowsAs
 
 STREAM_STEPS = 2, 3, 5  # of 256 channels a warp, csrc/combine_streams.cu
 
@@ -45,11 +45,10 @@ class Tuning:
 
     ``num_sms``: blocks that send on the throughput path; ``spare_sms`` and ``spare_sms_throughput``: multiprocessors that
     no block of ours ever holds, so that other collectives can run beside a wait; ``decode_tokens`` and ``middle_tokens``: M
-    up to which all warps of a block, or a few, share a token; above, each warp has its own. ``dispatch_kept_tokens``: M up
-    to which the blocks of a dispatch keep the rows that they send (csrc/dispatch_kept.cu), where those fit; alike on every
-    rank, as is what else sets the number of blocks. ``combine_kept_least`` to ``combine_kept_tokens``: M where combine does
-    so (csrc/combine_kept.cu), for elements of 16 bits and at most ``combine_kept_answers`` to send a block.
-    ``combine_stream_tokens``: M above which combine takes rows by whole-row copies that one warp of a team asks for
+    up to which all warps of a block, or a few, share a token; above, each warp has its own. ``dispatch_line_tokens`` and
+    ``combine_line_tokens``: M up to which rows travel as lines (csrc/lines.cuh), combine's if its elements have 16 bits;
+    alike on every rank. Of such a dispatch of more than ``apart_tokens``, ``line_senders`` blocks only send and the others do
+    the rest. ``combine_stream_tokens``: M above which combine takes rows by whole-row copies that one warp of a team asks for
     (csrc/combine_streams.cu), for elements of 16 bits on sm_90 and newer; ``stream_senders``, at most ``num_sms``, of its
     blocks send: more than the link needs are slower.
     ``limit_blocks``: at most so many blocks (0: no limit). ``beside_sms``: blocks of an op that a start half runs on a
@@ -64,11 +63,11 @@ class Tuning:
     spare_sms_throughput: int = 32
     decode_tokens: int = 160
     middle_tokens: int = 1024
-    dispatch_kept_tokens: int = 1024
-    combine_kept_least: int = 32
-    combine_kept_tokens: int = 256
-    combine_kept_answers: int = 2
-    combine_stream_tokens: int = 256
+    dispatch_line_tokens: int = 1024
+    combine_line_tokens: int = 128
+    apart_tokens: int = 128
+    line_senders: int = 40
+    combine_stream_tokens: int = 128
     stream_senders: int = 24
     limit_blocks: int = 0
     beside_sms: int = 64
@@ -92,12 +91,16 @@ class Tuning:
         blocks = max(1, num_sms - self.spare_sms)
         if self.limit_blocks:
             blocks = min(blocks, self.limit_blocks)
+        room = blocks
         pieces = max(1, -(-hidden // 512))  # a warp's step is 512 elements of a row
         if op == "combine_backward":
             return Plan(blocks, max(1, min(self.num_sms, blocks)), 512, 1, 1, 1, self.pdl)
-        if op == "dispatch" and max_tokens <= self.dispatch_kept_tokens:
+        if op == "dispatch" and max_tokens <= self.dispatch_line_tokens:
             blocks = max(1, min(blocks, max(64, max_tokens)))
-            return Plan(blocks, blocks, 512, kept_warps(max_tokens, blocks, pieces), 1, 0, self.pdl, KEPT)
+            senders = min(self.line_senders, blocks // 2) if max_tokens > self.apart_tokens else blocks
+            crew = blocks - senders or blocks
+            warps = team_warps(max_tokens, crew, pieces)
+            return Plan(blocks, senders or blocks, 512, warps, warps, 0, self.pdl, LINES)
         how = COUNTED, 0
         if op == "combine" and max_tokens > self.combine_stream_tokens:
             how = STREAMED, max(1, min(self.stream_senders, self.num_sms, blocks))
@@ -106,18 +109,20 @@ class Tuning:
             parts = min(7, pieces)
             if max_tokens <= self.decode_tokens:
                 blocks, parts = max(1, min(blocks, answers)), min(15, pieces)
-            kept = self.combine_kept_least <= max_tokens <= self.combine_kept_tokens
-            if kept and answers <= self.combine_kept_answers * blocks and how[0] == COUNTED:
-                how = KEPT, 0
-            return Plan(blocks, blocks, 512, parts, parts, 0, self.pdl, *how)
+            senders = blocks
+            if max_tokens <= self.combine_line_tokens and how[0] == COUNTED:
+                how = LINES, 0
+                if num_ranks > 1 and answers + max_tokens <= room:  # a block an answer, and one an own token
+                    senders, blocks = max(1, answers), max(1, answers + max_tokens)
+            return Plan(blocks, senders, 512, parts, parts, 0, self.pdl, *how)
         blocks = max(1, min(blocks, num_sms - self.spare_sms_throughput))
         send = min(2, pieces) if op == "combine" else 1
         return Plan(blocks, min(self.num_sms, blocks), 512, send, 1, 1, self.pdl, *how)
 
 
-def kept_warps(max_tokens: int, blocks: int, pieces: int) -> int:
-    """Warps that share a token, where every team of a block has at most one; 0: a block has too many tokens."""
-    return min(pieces, 16 // -(-max(1, max_tokens) // blocks))
+def team_warps(max_tokens: int, blocks: int, pieces: int) -> int:
+    """Warps that share a token, where every team of a block has one, if there are enough."""
+    return max(1, min(pieces, 16 // -(-max(1, max_tokens) // blocks)))
 
 
 def stream_team(hidden: int, warps: int) -> tuple[int, int]:

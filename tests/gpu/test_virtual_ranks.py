@@ -125,14 +125,14 @@ def test_any_number_of_ranks(num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 7, 16, 72])
 @pytest.mark.parametrize("layout", ["expert", "rank"])
-@pytest.mark.parametrize("kept", [0, 256])
-def test_few_tokens_in_both_ways(num_ranks, layout, kept):
-    """Both ways that rows travel, whatever the defaults choose; behind counts some blocks have several chunks and some none."""
+@pytest.mark.parametrize(("lines", "apart"), [(0, 0), (256, 256), (256, 0)], ids=["counts", "lines", "apart"])
+def test_few_tokens_in_every_way(num_ranks, layout, lines, apart):
+    """The ways that rows travel, whatever the defaults choose; behind counts some blocks have several chunks and some none."""
     shape = Shape(
         num_ranks, 45, 4, num_ranks * 4, 4, 256, 16 if layout == "expert" else 1, layout, tokens=(45, 5, 0, 31)
     )
     tuning = kernels.Tuning(
-        dispatch_kept_tokens=kept, combine_kept_tokens=kept, combine_kept_answers=1 << 20, num_sms=8
+        dispatch_line_tokens=lines, combine_line_tokens=lines, apart_tokens=apart, line_senders=3, num_sms=8
     )
     ranks = Ranks(num_ranks, sizes_for(shape), tuning=tuning)
     for seed in range(2):
@@ -145,14 +145,14 @@ STREAMS = dict(combine_stream_tokens=0, num_sms=8)
 
 def must_stream(monkeypatch):
     """Every combine has to go by csrc/combine_streams.cu; returns what the kernel was given for rows, call by call."""
-    given, chosen = [], kernels._stream_rows
+    given, chosen = [], kernels.room.stream_rows
 
     def choose(p, shared):
         chosen(p, shared)
         assert p.launch.rows_as == kernels.STREAMED, f"hidden {p.hidden}"
         given.append((p.stream_steps, p.stream_rows, p.launch.send_warps))
 
-    monkeypatch.setattr(kernels, "_stream_rows", choose)
+    monkeypatch.setattr(kernels.room, "stream_rows", choose)
     if not kernels.has_bulk_copies(torch.cuda.current_device()):
         pytest.skip("sm_90 or newer only")
     return given
@@ -228,7 +228,7 @@ def test_ranks_that_combine_in_different_ways(monkeypatch):
     """Each rank chooses for itself: what travels is the same."""
     shape = Shape(4, 90, 4, 16, 4, 1024)
     # The driver loads a kernel when it is first launched, which waits for all that run, others' that wait for it among them.
-    for settings in (STREAMS, dict(combine_stream_tokens=1024, combine_kept_tokens=0)):
+    for settings in (STREAMS, dict(combine_stream_tokens=1024, combine_line_tokens=0)):
         run_pair(Ranks(4, sizes_for(shape), tuning=kernels.Tuning(**settings)), shape, 3)
     ranks = Ranks(4, sizes_for(shape), tuning=kernels.Tuning(**STREAMS))
     call, own = kernels.combine, ranks.workspaces
@@ -242,11 +242,14 @@ def test_ranks_that_combine_in_different_ways(monkeypatch):
         run_pair(ranks, shape, seed, repeat=2)
 
 
-def test_combine_by_streams_beside_a_rank_that_never_comes(monkeypatch):
+@pytest.mark.parametrize("how", ["streams", "lines"])
+def test_combine_beside_a_rank_that_never_comes(monkeypatch, how):
     """Its answers count as zero after the timeout, rows that are here are added, and the next op does not wait again."""
-    must_stream(monkeypatch)
+    settings = STREAMS if how == "streams" else {}
+    if settings:
+        must_stream(monkeypatch)
     shape = Shape(3, 60, 4, 12, 4, 512)
-    ranks = Ranks(3, sizes_for(shape), timeout=0.5, tuning=kernels.Tuning(**STREAMS))
+    ranks = Ranks(3, sizes_for(shape), timeout=0.5, tuning=kernels.Tuning(**settings))
     batches = [random_batch(shape, rank, 7) for rank in range(3)]
     got, _, want = run_pair(ranks, shape, 7, batches=batches)
     made = torch.Generator().manual_seed(7)
@@ -329,11 +332,11 @@ def test_quantizer_of_zeros_denormals_and_infinities(math):
 
 
 @pytest.mark.parametrize("hidden", [16, 512, 1152, 2880, 7168, 16384, 21504])
-@pytest.mark.parametrize("kept", [0, 256])
-def test_usual_quantizer_of_blocks_unlike_their_neighbours(hidden, kept):
+@pytest.mark.parametrize("lines", [0, 256])
+def test_usual_quantizer_of_blocks_unlike_their_neighbours(hidden, lines):
     """Rows of any number of steps and pieces, with blocks that the path of two steps at a time is not right for."""
     shape = Shape(2, 45, 4, 8, 4, hidden, tokens=(45, 0))
-    ranks = Ranks(2, sizes_for(shape, 4), tuning=kernels.Tuning(dispatch_kept_tokens=kept, num_sms=8))
+    ranks = Ranks(2, sizes_for(shape, 4), tuning=kernels.Tuning(dispatch_line_tokens=lines, num_sms=8))
     for dtype in (torch.bfloat16, torch.float16):
         batches = [random_batch(shape, rank, 7, dtype=dtype) for rank in range(2)]
         x = batches[0].x
