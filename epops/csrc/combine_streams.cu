@@ -6,7 +6,7 @@
 // the answers to peers' tokens, as in combine.cu: consumers store them into the slot (this rank, token) of the peer,
 // and the poster releases a flag an answer. All blocks: an own token's rows, then the answers to it, rank 0 first, as
 // their flags come, then the addend are rows of the same ring. The producer alone waits for peers; what it has asked
-// for comes without it. Which of this kernel and the others' a rank runs is its own affair: records, flags and headers
+// for comes without it. Which of this kernel and combine.cu's a rank runs is its own affair: records, flags and headers
 // are the same. Sums are rounded as in combine.cu, one by one. Nothing here is for sm_80: the host chooses combine.cu.
 #include "launch.cuh"
 #include "stream_rows.cuh"
@@ -28,7 +28,6 @@ struct Words {
 
 constexpr int kRouteAhead = 4;  // units that route words are asked for ahead
 constexpr int kWeightAhead = 2;
-constexpr int kOfRest = 4;  // one of so many answers is taken from a counter
 
 // Warps of a block: teams of some consumers and a producer, and the poster.
 struct Role {
@@ -47,38 +46,6 @@ struct Role {
   }
 };
 
-// ---- who answers what
-// ------------------------------------------------------------------------------------------------------------
-
-// Answers of this rank, numbered token by token over all peers: what a peer adds up first is sent first. Most of them
-// are dealt out to blocks, item by item; the last ones are taken from a counter, at most `most_of_rest` by a team.
-struct Answering {
-  int me, num_ranks, others, block, senders;
-  int all, first_of_rest, most_of_rest;
-  int fixed;  // items of this block that were dealt out
-
-  __device__ __forceinline__ Answering(const CombineParams& p, const Role& role, bool sends)
-      : me(p.ws.rank),
-        num_ranks(p.ws.num_ranks),
-        others(num_ranks - 1),
-        block(blockIdx.x),
-        senders(p.launch.num_senders) {
-    all = sends ? p.max_tokens * others : 0;
-    const int teams = senders * role.teams, rest = all / kOfRest;
-    first_of_rest = all - rest;
-    most_of_rest = rest == 0 ? 0 : (rest + teams - 1) / teams * 2 + 2;
-    fixed = first_of_rest > block ? (first_of_rest - 1 - block) / senders + 1 : 0;
-  }
-  // Items of the block: the teams' alternate, those of the rest behind the others.
-  __device__ __forceinline__ int items(const Role& role) const { return fixed + role.teams * most_of_rest; }
-  __device__ __forceinline__ int answer_of(int item) const { return item * senders + block; }
-  __device__ __forceinline__ int token_of(int answer) const { return others == 1 ? answer : answer / others; }
-  __device__ __forceinline__ int peer_of(int answer) const {
-    const int peer = me + 1 + answer - token_of(answer) * others;
-    return peer >= num_ranks ? peer - num_ranks : peer;
-  }
-};
-
 // ---- producing
 // ------------------------------------------------------------------------------------------------------------
 
@@ -89,7 +56,6 @@ struct Producer {
   Rows& rows;
   Words& words;
   uint32_t row_bytes;
-  int32_t* answers;  // shared: of the outbox's items, -1 none
 
   __device__ __forceinline__ const uint8_t* row_at(int row) const {
     return static_cast<const uint8_t*>(p.y) + static_cast<int64_t>(row) * row_bytes;
@@ -128,37 +94,12 @@ struct Producer {
     }
   }
 
-  // The rows of one answer, number `item` of the block, to a place of a peer, 0 where nobody is there to have it.
-  __device__ __forceinline__ void send_one(const Role& role, const Outbox& outbox, int* posted, int item, int answer,
-                                           uint32_t selected, uint32_t ours, int row, float weight, uint64_t place) {
-    while (item - *posted >= kOutbox) *posted = atomicAdd(outbox.posted, 0);
-    const uint8_t* to = reinterpret_cast<const uint8_t*>(place);
-    if (threadIdx.x % 32 == 0) answers[item % kOutbox] = answer;
-    if (selected == 0 || place == 0) {  // not a token of ours, or nobody is there to have it
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        fence_acq_rel_cta();
-        atomicAdd(&outbox.done[item % kOutbox], static_cast<uint32_t>(role.parts));
-      }
-      return;
-    }
-    if (p.rank_layout) ours &= -ours;  // one row, whatever K is
-    const uint32_t last = kAnswerEnd | static_cast<uint32_t>(item % kOutbox) << 8;
-    if (ours == 0) none(last, to);  // all were dropped
-    put_rows(ours, row, weight, last, to);
-  }
-  __device__ __forceinline__ uint64_t place_of(const Answering& all, const uint8_t* gone, int answer) const {
-    const int peer = all.peer_of(answer);
-    if (gone[peer] != 0) return 0;
-    return reinterpret_cast<uint64_t>(
-        record(p.ws, peer, op.parity, p.ws.rank, all.token_of(answer), p.max_tokens, p.record_bytes));
-  }
-
   // Answers to the tokens of peers: items of the block, every `teams`-th. A unit is as many items as 32 lanes have
   // selections for.
-  __device__ __forceinline__ void send(const Role& role, const Outbox& outbox, const uint8_t* gone,
-                                       const Answering& all, int* posted) {
-    const int lane = threadIdx.x % 32, num = all.fixed;
+  template <class TokenOf, class PeerOf>
+  __device__ __forceinline__ void send(const Role& role, const Outbox& outbox, const uint8_t* gone, int num,
+                                       TokenOf token_of, PeerOf peer_of) {
+    const int lane = threadIdx.x % 32;
     const int shift = 32 - __clz(p.top_k - 1), width = 1 << shift, items = 32 >> shift;  // of a unit
     const int k = lane & (width - 1);
     const int mine = num > role.team ? (num - 1 - role.team) / role.teams + 1 : 0;
@@ -166,15 +107,14 @@ struct Producer {
       const int number = unit * items + (lane >> shift);
       return unit >= 0 && number < mine && k < p.top_k ? role.team + number * role.teams : -1;
     };
+    int posted = 0;  // as last seen
 #pragma unroll 1
     for (int unit = -kRouteAhead; unit * items < mine; ++unit) {
       cp_async_wait<kWeightAhead - 1>();  // words of unit + kWeightAhead have come, and weights of `unit`
       ask_weight(unit + kWeightAhead, row_of(unit + kWeightAhead, item_of(unit + kWeightAhead) >= 0));
       const int ahead = item_of(unit + kRouteAhead);
       if (ahead >= 0) {
-        const int answer = all.answer_of(ahead);
-        cp_async_4(&words.row[(unit + kRouteAhead) % kUnits][lane],
-                   route.row_word(all.peer_of(answer), all.token_of(answer), k));
+        cp_async_4(&words.row[(unit + kRouteAhead) % kUnits][lane], route.row_word(peer_of(ahead), token_of(ahead), k));
       }
       cp_async_commit();
       if (unit < 0) continue;
@@ -182,59 +122,29 @@ struct Producer {
       const int own = item_of(unit);
       const int row = row_of(unit, own >= 0);
       const float weight = weight_of(unit, row);
-      const uint64_t place = own >= 0 ? place_of(all, gone, all.answer_of(own)) : 0;
-      const uint32_t selected = __ballot_sync(~0u, row != -1), valid = __ballot_sync(~0u, row >= 0);
+      uint64_t place = 0;
+      if (own >= 0 && gone[peer_of(own)] == 0) {
+        place = reinterpret_cast<uint64_t>(
+            record(p.ws, peer_of(own), op.parity, p.ws.rank, token_of(own), p.max_tokens, p.record_bytes));
+      }
+      const uint32_t selected = __ballot_sync(~0u, row != -1 && place != 0), valid = __ballot_sync(~0u, row >= 0);
       int item = role.team + unit * items * role.teams;
       uint32_t lanes = width == 32 ? ~0u : (1u << width) - 1;
       const int here = min(items, mine - unit * items);
 #pragma unroll 1
       for (int i = 0; i < here; ++i, item += role.teams, lanes <<= width & 31) {
-        send_one(role, outbox, posted, item, all.answer_of(item), selected & lanes, valid & lanes, row, weight,
-                 __shfl_sync(~0u, place, i << shift));
-      }
-    }
-    cp_async_wait<0>();
-  }
-
-  // The last answers, from a counter: those before have more rows in one block than in another. A unit is one of them.
-  __device__ __forceinline__ void send_rest(const Role& role, const Outbox& outbox, const uint8_t* gone,
-                                            const Answering& all, int* posted) {
-    const int lane = threadIdx.x % 32,
-              before = all.fixed > role.team ? (all.fixed - 1 - role.team) / role.teams + 1 : 0;
-    const bool selects = lane < p.top_k;
-    uint32_t* work = &control(p.ws, p.ws.rank)->answers[op.parity];
-    int answer_of_unit = all.all;  // lane i: of the unit i modulo 32
-    const auto answer_of = [&](int unit) {
-      const int answer = __shfl_sync(~0u, answer_of_unit, unit & 31);
-      return unit >= 0 ? answer : all.all;
-    };
-    uint32_t taken = lane == 0 ? atomicAdd(work, 1u) : 0;  // of the next unit to ask for
-    int unit = -kRouteAhead;
-#pragma unroll 1
-    for (; unit < 0 || answer_of(unit) < all.all; ++unit) {
-      cp_async_wait<kWeightAhead - 1>();
-      const int next = answer_of(unit + kWeightAhead), number = unit + kRouteAhead;
-      ask_weight(unit + kWeightAhead, row_of(unit + kWeightAhead, selects && next < all.all));
-      const int ticket = all.first_of_rest + static_cast<int>(__shfl_sync(~0u, taken, 0));
-      const int ahead = number < all.most_of_rest ? min(ticket, all.all) : all.all;
-      if (lane == (number & 31)) answer_of_unit = ahead;
-      if (ahead < all.all) {
-        if (lane == 0 && number + 1 < all.most_of_rest) taken = atomicAdd(work, 1u);
-        if (selects) {
-          cp_async_4(&words.row[number % kUnits][lane], route.row_word(all.peer_of(ahead), all.token_of(ahead), lane));
+        while (item - posted >= kOutbox) posted = atomicAdd(outbox.posted, 0);
+        const uint8_t* to = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, place, i << shift));
+        if ((selected & lanes) == 0) {  // not a token of ours, or nobody is there to have it
+          if (lane == 0) atomicAdd(&outbox.done[item % kOutbox], static_cast<uint32_t>(role.parts));
+          continue;
         }
+        uint32_t ours = valid & lanes;
+        if (p.rank_layout) ours &= -ours;  // one row, whatever K is
+        const uint32_t last = kAnswerEnd | static_cast<uint32_t>(item % kOutbox) << 8;
+        if (ours == 0) none(last, to);  // all were dropped
+        put_rows(ours, row, weight, last, to);
       }
-      cp_async_commit();
-      if (unit < 0) continue;
-      const int answer = answer_of(unit), row = row_of(unit, selects);
-      const float weight = weight_of(unit, row);
-      const uint64_t place = place_of(all, gone, answer);
-      send_one(role, outbox, posted, role.team + (before + unit) * role.teams, answer, __ballot_sync(~0u, row != -1),
-               __ballot_sync(~0u, row >= 0), row, weight, place);
-    }
-#pragma unroll 1
-    for (; unit < all.most_of_rest; ++unit) {  // what the others have taken
-      send_one(role, outbox, posted, role.team + (before + unit) * role.teams, -1, 0, 0, -1, 0.f, 0);
     }
     cp_async_wait<0>();
   }
@@ -420,7 +330,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_streams_kernel(con
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
   __shared__ uint32_t done[kOutbox];
-  __shared__ int32_t posted, failed, answers[kOutbox];
+  __shared__ int32_t posted, failed;
   __shared__ Op opened;
   __shared__ uint8_t gone[kMaxRanks];  // as in combine.cu
 #pragma unroll 1
@@ -463,8 +373,14 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_streams_kernel(con
   if (threadIdx.x < 32) trace(2);
   const Outbox outbox{done, &posted};
   const bool receives = (p.launch.phases & 2) != 0;
-  const Answering all(p, role, sends);
-  const int me = p.ws.rank;
+  // Token by token over all peers, and over blocks: what a peer adds up first is sent first.
+  const int others = p.ws.num_ranks - 1, all = p.max_tokens * others, me = p.ws.rank;
+  const int block = static_cast<int>(blockIdx.x);
+  const int num = sends && all > block ? (all - 1 - block) / p.launch.num_senders + 1 : 0;
+  const auto token_of = [&](int item) { return (item * p.launch.num_senders + block) / others; };
+  const auto peer_of = [&](int item) {
+    return (me + 1 + (item * p.launch.num_senders + block) % others) % p.ws.num_ranks;
+  };
   if (role.consumes) {
     Consumer<T, kSteps> consumer;
     consumer.run(p, rows, role.part, outbox);
@@ -472,21 +388,19 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_streams_kernel(con
   } else if (role.produces) {
     const int behind = num_teams(p) * team_bytes(p);  // rows and heads
     Words& words = reinterpret_cast<Words*>(memory + behind)[role.team];
-    Producer producer{p, op, route, rows, words, static_cast<uint32_t>(p.hidden * 2), answers};
-    int posted_then = 0;  // as last seen
-    producer.send(role, outbox, gone, all, &posted_then);
-    if (all.most_of_rest != 0) producer.send_rest(role, outbox, gone, all, &posted_then);
+    Producer producer{p, op, route, rows, words, static_cast<uint32_t>(p.hidden * 2)};
+    producer.send(role, outbox, gone, num, token_of, peer_of);
     if (sends && role.team == 0) trace(3);
     if (receives) producer.receive(gone, &failed);
     if (role.team == 0) trace(5);
     producer.none(kStop, nullptr);
   } else if (role.posts) {
-    outbox.post(all.items(role), role.parts, [&](int first, int count) {
+    outbox.post(num, role.parts, [&](int first, int count) {
       if (threadIdx.x % 32 >= count) return;
-      const int answer = answers[(first + threadIdx.x % 32) % kOutbox];
+      const int item = first + threadIdx.x % 32;
       // [B] released to the warps at the peer that wait for this token
-      if (answer >= 0 && gone[all.peer_of(answer)] == 0) {
-        st_relaxed_sys(flag(p.ws, all.peer_of(answer), op.parity, me, all.token_of(answer)), tagged(op.epoch, 1));
+      if (gone[peer_of(item)] == 0) {
+        st_relaxed_sys(flag(p.ws, peer_of(item), op.parity, me, token_of(item)), tagged(op.epoch, 1));
       }
     });
     if (sends) trace(4);

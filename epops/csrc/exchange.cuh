@@ -26,7 +26,6 @@ struct Control {
   uint32_t num_failed;       // blocks of this op that met a failure
   uint32_t excluded;         // nonzero: a peer took this rank out of its mask at that epoch; peers store it
   uint32_t work[2];          // chunks taken by groups, by parity
-  uint32_t answers[2];       // answers taken by teams, likewise
   uint64_t region[2];        // bytes of the data area that the last op of this parity used
   uint32_t dead[kMaxRanks];  // 1: took too long once
 };
@@ -262,7 +261,7 @@ __device__ __forceinline__ void end_op(const Workspace& ws, const Op& op, uint64
   }
   if (threadIdx.x == 0) {
     if (blockIdx.x == 0) {
-      here->work[op.parity ^ 1] = here->answers[op.parity ^ 1] = 0;  // of the next op; nobody else looks at them now
+      here->work[op.parity ^ 1] = 0;  // of the next op; nobody else looks at it now
       here->region[op.parity] = region;
     }
     atomicAdd(reinterpret_cast<unsigned long long*>(&here->progress), static_cast<unsigned long long>(share));
