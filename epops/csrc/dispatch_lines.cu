@@ -163,10 +163,12 @@ __global__ void __launch_bounds__(kLineThreads, 1) dispatch_lines_kernel(const _
   const auto stage = [&](int team, int number) {
     return memory + stages_at(p) + (team * p.num_stages + number) * p.stage_bytes;
   };
-  // Selections are posted by warps from the last one on: those that are in no team come first.
+  // Selections are posted by warps from the last one on: those that are in no team come first. They, headers and rows
+  // come from blocks that send, the first ones of the grid: peers wait for nothing from a block that another kernel
+  // may keep from running.
   const int num_warps = blockDim.x / 32, post_step = crew.blocks * num_warps;
   int posted = crew.block + (num_warps - 1 - static_cast<int>(threadIdx.x / 32)) * crew.blocks;
-  if (!crew.places) posted = p.max_tokens;
+  if (!crew.sends) posted = p.max_tokens;
   wait_for_earlier_kernels();
   if (threadIdx.x < 32) trace(1);
   let_next_kernel_launch();
@@ -195,7 +197,7 @@ __global__ void __launch_bounds__(kLineThreads, 1) dispatch_lines_kernel(const _
     if (threadIdx.x == 0) s.words[kBits] = kExcluded;
   }
   if (threadIdx.x < 32) trace(2);
-  if (blockIdx.x == gridDim.x - 1 && threadIdx.x >= blockDim.x - 32 && !op.excluded) {
+  if (blockIdx.x == 0 && static_cast<int>(threadIdx.x / 32) == num_warps - 2 && !op.excluded) {
 #pragma unroll 1
     for (int peer = lane; peer < p.ws.num_ranks; peer += 32) {
       if (s.takes_part[peer] != 0) post_header(p.ws, op, peer, p.num_tokens, p.call_hash, 0);

@@ -89,6 +89,7 @@ def pair_scenario(rank, world):
     for tokens, hidden, layout in (
         (7, 256, "expert"),
         (128, 7168, "expert"),
+        (300, 2880, "expert"),
         (1500, 512, "expert"),
         (64, 2880, "rank"),
     ):
