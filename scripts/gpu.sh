@@ -12,6 +12,7 @@
 #   vdev        torch's exchanges with splits on the device, in processes of their own
 #   mla         latent attention: the example, and both cores at decode
 #   decode      a decode step beside other ways, rows with room to spare, and a soak
+#   together    every test on two GPUs, side by side where they do not disturb one another: about 230 s
 # Each stage has its own time limit, so that a hang costs little; the last line says which stages passed.
 set -uo pipefail
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NCCL_NVLS_ENABLE=0
@@ -30,6 +31,13 @@ stage() {
   local status=$?
   summary+="$name: $([ $status = 0 ] && echo passed || echo "FAILED ($status)") in $((SECONDS - start)) s; "
 }
+# Tests on some GPUs, behind which nothing waits: name, GPUs, limit, what.
+beside() {
+  local name="$1" devices="$2" limit="$3"
+  shift 3
+  CUDA_VISIBLE_DEVICES="$devices" timeout --kill-after=5 "$limit" $PYTEST --maxfail 3 --timeout 120 "$@" >"$results/$name.pytest" 2>&1 &
+  pids+=($!)
+}
 for name in "$@"; do
   case "$name" in
     build) stage build 180 env EPOPS_BUILD_CUDA=1 NVCC_APPEND_FLAGS="${NVCC_FLAGS:-}" python3 setup.py --quiet egg_info build_ext --inplace ;;
@@ -39,7 +47,7 @@ for name in "$@"; do
     sanitize)
       for tool in memcheck racecheck; do
         stage "$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-          $PYTEST -x --timeout 190 tests/gpu/test_virtual_ranks.py tests/gpu/test_virtual_all_to_all.py -k "${SANITIZE:-hostile or many_ops or even_parts or room}"
+          $PYTEST -x --timeout 190 tests/gpu/test_virtual_ranks.py tests/gpu/test_virtual_all_to_all.py -k "${SANITIZE:-hostile or many_ops or (every_way and expert-2) or (by_streams and expert-2) or even_parts or room}"
       done ;;
     nccl) stage nccl 150 $PYTEST --timeout 100 tests/gpu/test_nccl.py ;;
     overlap) stage overlap 200 torchrun --nproc-per-node "$gpus" benchmarks/bench_overlap.py --out "$results" ;;
@@ -56,6 +64,21 @@ for name in "$@"; do
       stage decode "${DECODE:-400}" python3 benchmarks/bench_decode.py --config 30b --batch 64 --dtype bfloat16 --profile --limit 90 --out "$results" ${DECODE_ARGS:---how eager captured}
       stage padding 60 python3 benchmarks/bench_padding.py --room 1 16 --out "$results/padding.json"
       stage soak "${SOAK:-300}" python3 benchmarks/soak_decode.py --device cuda --steps 20000 --every 500 --buckets 1 8 32 --out "$results/soak.json" ;;
+    together)
+      pids=()
+      beside virtual 0 200 tests/gpu/test_virtual_ranks.py
+      beside virtual-all-to-all 1 200 tests/gpu/test_virtual_all_to_all.py tests/gpu/test_scaled_grouped_mm.py tests/gpu/test_row_kernel.py
+      beside nvlink 0,1 150 tests/gpu/test_nvlink.py -k "not stalls and not killed and not memory"
+      beside exchanges 0,1 200 tests/gpu/test_nvlink_all_to_all.py tests/gpu/test_fsdp.py tests/gpu/test_nccl.py
+      beside models 0,1 250 tests/gpu/test_decode.py tests/gpu/test_fuse_quant.py
+      for pid in "${pids[@]}"; do wait "$pid"; done
+      for log in "$results"/*.pytest; do
+        summary+="$(basename "$log" .pytest): $(grep -E 'passed|failed|error' "$log" | tail -1); "
+        grep -qE '[0-9]+ passed' "$log" && ! grep -qE '[0-9]+ (failed|error)' "$log" || summary+="FAILED; "
+        grep -E '^(FAILED|ERROR)' "$log" | head -5
+        rm "$log"
+      done
+      stage alone 110 $PYTEST --maxfail 4 --timeout 100 tests/gpu/test_nvlink.py -k "stalls or killed or memory" ;;
     *) echo "gpu.sh: no stage $name" >&2; exit 2 ;;
   esac
 done
