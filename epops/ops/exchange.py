@@ -19,6 +19,8 @@ from ..torch_private import is_capturing
 from ..transport import Call, Pending, Swap
 from ..transport.base import HEADER_WORDS, describe
 
+NOT_BEGUN = object()  # stands for the result of a started op that runs where its wait is
+
 
 class Blocks(NamedTuple):
     """What this rank sends: block r (N_r, W) uint8 to rank r.  ``counts`` (R,) true rows, on the device of the blocks.
@@ -224,7 +226,13 @@ def start(halves: Halves, tensors: tuple[torch.Tensor | None, ...], a: dict[str,
     transport, key = group.transport, settings_key(halves.op, tensors, a)
     native = getattr(transport, halves.op, None)
     if native is not None:
-        group.start(halves.op, key, lambda _: transport.beside(lambda: native(group, *tensors, **a)), None)
+        beside = transport.runs_beside(a)
+        group.start(
+            halves.op,
+            key,
+            lambda _: transport.beside(lambda: native(group, *tensors, **a)) if beside else Pending(lambda: NOT_BEGUN),
+            None,
+        )
     else:
         out, keep = halves.prepare(group, *tensors, **a)
         if transport.host_counts:
@@ -253,7 +261,11 @@ def wait(
     key = settings_key(halves.op, tensors, start_args)
     sequence = int(ticket[0]) if group.transport.host_counts else group.oldest_started(halves.op, key)
     result, keep = group.finish(halves.op, key, sequence)
-    if getattr(group.transport, halves.op, None) is not None:
+    native = getattr(group.transport, halves.op, None)
+    if native is not None:
+        if result is NOT_BEGUN:
+            group.in_order()
+            return native(group, *tensors, *finish_only, **a)
         return result if halves.late is None else halves.late(result, *finish_only, **a)
     swap, turn = result
     return halves.finish(group, swap, keep, turn, *tensors, *finish_only, **a)

@@ -137,7 +137,7 @@ class Transport(Protocol):
     ``host_counts`` transports read row counts on the host and move exactly the rows there are; the others move M rows a
     pair, so that a CUDA graph can hold them (``swap_padded``, and ``begin_padded`` for started halves).  A transport may also
     implement whole ops: a method named like the op, with the op's arguments after the group, replaces pack, swap and unpack;
-    ``beside`` then begins one for a start half.
+    ``beside`` then begins one for a start half, if ``runs_beside`` says that it pays; else the wait runs it.
     """
 
     name: str

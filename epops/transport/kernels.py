@@ -145,11 +145,6 @@ def is_beside() -> bool:
     return _beside.side is not None
 
 
-def launch_here() -> None:
-    """Within `launched_beside`: launch on the current stream after all."""
-    _beside.side = None
-
-
 def stream_of(tensor: torch.Tensor) -> int:
     """The stream for a kernel, all of whose tensors have been made."""
     current = torch.cuda.current_stream(tensor.device)

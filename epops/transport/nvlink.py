@@ -110,9 +110,6 @@ class NvlinkTransport:
 
     def plan(self, op: str, max_tokens: int, hidden: int) -> kernels.Plan:
         beside = kernels.is_beside()
-        if beside and max_tokens > self.tuning.beside_tokens:
-            kernels.launch_here()
-            beside = False
         key = (op, max_tokens, hidden, beside)
         plan = self._plans.get(key)
         if plan is None:
@@ -120,16 +117,18 @@ class NvlinkTransport:
             plan = self._plans[key] = tuning.plan(op, max_tokens, self.size, self.num_sms, hidden)
         return plan
 
+    def runs_beside(self, a: dict[str, Any]) -> bool:
+        """Whether an op with these arguments pays beside other work (`Tuning`): from sizes that are equal on all ranks."""
+        return a.get("max_tokens", 0) <= self.tuning.beside_tokens
+
     def beside(self, run: Callable[[], Any]) -> Pending:
-        """Begin ``run``, one of the ops below, on a stream of its own and on few multiprocessors, where that pays (`Tuning`).
+        """Begin ``run``, one of the ops below, on a stream of its own and on few multiprocessors.
 
         All memory is of the caller's stream: results, and copies of arguments, which are kept until the op's end.
         """
         with kernels.launched_beside(self._side) as held:
             result = run()
-            event = self._side.record_event() if kernels.is_beside() else None
-        if event is None:  # it ran at once
-            return Pending(lambda: result)
+            event = self._side.record_event()
 
         def behind() -> None:
             torch.cuda.current_stream(self.device).wait_event(event)

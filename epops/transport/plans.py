@@ -53,7 +53,8 @@ class Tuning:
     blocks send: more than the link needs are slower.
     ``limit_blocks``: at most so many blocks (0: no limit). ``beside_sms``: blocks of an op that a start half runs on a
     second stream, up to M ``beside_tokens``; above, matrix products lose more by sharing the chip than the exchange gains,
-    and it runs at once. ``pdl``: a kernel's launch overlaps the end of the one before. ``extra``: plans by op, instead of
+    and the whole op runs where its wait is. ``pdl``: a kernel's launch overlaps the end of the one before. ``extra``: plans by
+    op, instead of
     all this. Of all_to_all: ``ring_bytes`` of peer memory for its chunks, ``chunk_bytes`` of the smallest, ``ring_senders``
     blocks that send an x of more than ``whole_bytes``; an x of at most ``small_bytes`` goes by the kernel for little.
     """

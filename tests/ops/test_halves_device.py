@@ -37,6 +37,9 @@ class Native(Later):
         self.side = ThreadPoolExecutor(1)
         self.running: list[Any] = []
 
+    def runs_beside(self, a: dict[str, Any]) -> bool:
+        return True
+
     def beside(self, run: Any) -> Pending:
         future = self.side.submit(run)
         self.running.append(future)
@@ -57,6 +60,16 @@ class Native(Later):
     def close(self) -> None:
         self.side.shutdown()
         self.host.close()
+
+
+class AtTheWait(Native):
+    """Whole ops that do not pay beside other work: the wait runs them."""
+
+    def runs_beside(self, a: dict[str, Any]) -> bool:
+        return False
+
+    def beside(self, run: Any) -> Pending:
+        raise AssertionError("begun after all")
 
 
 def over(transport: type[Padded]) -> Any:
@@ -82,7 +95,7 @@ class Epops:
         return getattr(epops, name)
 
 
-TRANSPORTS = {"nccl": Later, "kernels": Native}
+TRANSPORTS = {"nccl": Later, "kernels": Native, "kernels at the wait": AtTheWait}
 
 
 def check(rank: int, size: int, name: str, kind: str) -> None:
@@ -129,9 +142,9 @@ def test_whole_ops_come_behind_started_ones() -> None:
     assert run_ranks(whole_ops_come_behind, 2) == [[True, True]] * 2
 
 
-def addend_in_bf16(rank: int, size: int) -> float:
+def addend_in_bf16(rank: int, size: int, kind: str) -> float:
     """A sum that is rounded before the late addend comes: within bf16's rounding of the whole op."""
-    with over(Native)(None, "ep", max_tokens=4, num_experts=4) as group:
+    with over(TRANSPORTS[kind])(None, "ep", max_tokens=4, num_experts=4) as group:
         generator = torch.Generator().manual_seed(rank)
         x = torch.randn(4, 16, generator=generator).bfloat16()
         idx, w = torch.tensor([[0, 3]] * 4), torch.rand(4, 2, generator=generator)
@@ -145,7 +158,11 @@ def addend_in_bf16(rank: int, size: int) -> float:
 
 
 def test_a_late_addend_is_within_rounding() -> None:
-    assert max(run_ranks(addend_in_bf16, 2)) <= 2**-7
+    assert max(run_ranks(addend_in_bf16, 2, "kernels")) <= 2**-7
+
+
+def test_an_op_that_runs_at_the_wait_has_its_addend_in_time() -> None:
+    assert run_ranks(addend_in_bf16, 2, "kernels at the wait") == [0.0, 0.0]
 
 
 def a_start_that_nobody_waits_for(rank: int, size: int, kind: str) -> str:
