@@ -1,6 +1,6 @@
 // dispatch: token rows to the ranks of their experts, grouped as they arrive.
 //
-// One kernel, for batches of many tokens; dispatch_kept.cu has few. Sending blocks: count the selections of their
+// One kernel, for batches of many tokens; dispatch_lines.cu has few. Sending blocks: count the selections of their
 // chunks of tokens, post the counts to all ranks, then send each row once a destination into the slot that belongs to
 // (this rank, token) there, with its entries (slot, position in the chunk, weight a selection), and a flag a token. All
 // blocks: wait for everybody's counts, from which every row's place follows, write what follows from counts alone, and
