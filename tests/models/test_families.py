@@ -91,7 +91,10 @@ def test_bfloat16_is_rounded_where_the_one_process_model_rounds(family: str) -> 
 def test_bfloat16_over_a_narrow_wire_is_within_its_noise() -> None:
     results = run_ranks(_bfloat16, 2, "phimoe", False, timeout=300.0)
     assert_equal_within_limits(results)
-    assert max(found["error"] for found in results) > 1.5e-2, "exact=False was not heard"
+    # How much it is depends on how the processor rounds products; the exact way is nearer on all of them.
+    exact = run_ranks(_bfloat16, 2, "phimoe", True, timeout=300.0)
+    errors = [max(found["error"] for found in those) for those in (results, exact)]
+    assert errors[0] > 2 * errors[1], f"exact=False was not heard: {errors}"
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "dbrx"])
