@@ -77,6 +77,7 @@ def over(transport: type[Padded]) -> Any:
 
     def make(*args: Any, **settings: Any) -> epops.ExpertGroup:
         group = epops.ExpertGroup(*args, **settings)
+        dist.barrier()  # a slower rank may still be connecting to the transport that is closed here
         group.transport.close()
         group.transport = transport(group)
         group.record_on_device = lambda status: None
