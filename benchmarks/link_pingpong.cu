@@ -1,8 +1,8 @@
 // How long until a peer GPU can use what a block has stored there, by how it is told: a ping-pong of blocks of two
 // GPUs.
 //
-//     nvcc -std=c++17 -O3 -arch=sm_90a -o /tmp/pingpong benchmarks/link_pingpong.cu && CUDA_MODULE_LOADING=EAGER
-//     /tmp/pingpong
+//     nvcc -std=c++17 -O3 -arch=sm_90a -Iepops/csrc -o pingpong benchmarks/link_pingpong.cu
+//     CUDA_MODULE_LOADING=EAGER ./pingpong
 //
 // Each block of one GPU plays with the block of the same number on the other; what comes is compared with what was
 // sent. The time is clock cycles of the first block at 1.98 GHz, halved. csrc/lines.cuh stands on what this shows.
@@ -11,6 +11,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+
+#include "ptx.cuh"
+
+using namespace epops;
 
 #define CHECK(call)                                              \
   do {                                                           \
@@ -23,32 +27,6 @@
 
 enum Way { kLines, kStoresFenceFlag, kBulkFenceFlag, kBulkFlag };
 constexpr int kRounds = 220, kWarmUps = 19, kRoom = 64 << 10, kFlags = 8 << 20;
-
-__device__ __forceinline__ uint4 load(const void* at) {
-  uint4 v;
-  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(at)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store(void* at, uint4 v) {
-  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
-__device__ __forceinline__ uint64_t load_flag(const uint64_t* at) {
-  uint64_t v;
-  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(at) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_flag(uint64_t* at, uint64_t v) {
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(v) : "memory");
-}
-
-__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 template <Way kWay>
 __global__ void play(uint8_t* mine, uint8_t* theirs, int rank, int bytes, unsigned long long* found) {
@@ -65,7 +43,7 @@ __global__ void play(uint8_t* mine, uint8_t* theirs, int rank, int bytes, unsign
     for (int half = 0; half < 2; ++half) {
       if (half == rank) {  // sends
         if (kWay == kLines || kWay == kStoresFenceFlag) {
-          for (int at = thread * 16; at < bytes; at += step) store(theirs + at, word);
+          for (int at = thread * 16; at < bytes; at += step) st_line(theirs + at, word);
         } else {
           for (int at = thread * 16; at < bytes; at += step) *reinterpret_cast<uint4*>(shared + at) = word;
           asm volatile("fence.proxy.async;" ::: "memory");
@@ -80,22 +58,22 @@ __global__ void play(uint8_t* mine, uint8_t* theirs, int rank, int bytes, unsign
             asm volatile("cp.async.bulk.commit_group;" ::: "memory");
             asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
           }
-          if (kWay != kBulkFlag) fence();
-          store_flag(their_flag, round);
+          if (kWay != kBulkFlag) fence_acq_rel_sys();
+          st_relaxed_sys(their_flag, round);
         }
       } else if (kWay == kLines) {
         for (int at = thread * 16; at < bytes; at += step) {
-          while (!__all_sync(__activemask(), load(mine + at).w == round)) {
+          while (!__all_sync(__activemask(), ld_line(mine + at).w == round)) {
           }
         }
       } else {
         if (thread == 0) {
-          while (load_flag(my_flag) != round) {
+          while (ld_relaxed_sys(my_flag) != round) {
           }
         }
         __syncthreads();
         for (int at = thread * 16; at < bytes; at += step) {
-          const uint4 v = load(mine + at);
+          const uint4 v = ld_line(mine + at);
           wrong += v.x != round || v.w != round;
         }
       }

@@ -72,10 +72,9 @@ __device__ __forceinline__ void post_selections(const DispatchParams& p, const B
   }
 }
 
-// Slot k of a line, or what stands for none.
-__device__ __forceinline__ uint32_t slot_of(const Board& s, int line, int k) {
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(s.chosen + line) + k * 12 / 32;
-  return __funnelshift_r(words[0], words[1], k * 12 % 32) & 0xfff;
+// Slot k of a line of four words, or what stands for none.
+__device__ __forceinline__ uint32_t slot_of(const uint32_t* words, int k) {
+  return __funnelshift_r(words[k * 12 / 32], words[k * 12 / 32 + 1], k * 12 % 32) & 0xfff;
 }
 
 // Lines of all ranks, numbered one after the other: number i is this one.
@@ -126,13 +125,7 @@ inline __device__ __noinline__ void see_hash(const Workspace& ws, uint32_t* lost
   }
 }
 
-// Slot k of a line.
-__device__ __forceinline__ uint32_t slot_of(const uint4& line, int k) {
-  const uint32_t words[4] = {line.x, line.y, line.z, line.w};
-  return __funnelshift_r(words[k * 12 / 32], words[k * 12 / 32 + 1], k * 12 % 32) & 0xfff;
-}
-
-// A line has selections that counted as -1: their bits are everybody's, their number their rank's own.
+// A line has selections that counted as -1.
 inline __device__ __noinline__ void note_odd(uint4 line, int32_t* words, bool own) {
 #pragma unroll 1
   for (int k = 0; k < kLineSlots; ++k) {
@@ -141,8 +134,7 @@ inline __device__ __noinline__ void note_odd(uint4 line, int32_t* words, bool ow
     line.y = __funnelshift_r(line.y, line.z, 12);
     line.z >>= 12;
     if (slot != kBadSlot && slot != kRepeatedSlot) continue;
-    atomicOr(&words[kBits], slot == kRepeatedSlot ? kDuplicate : kBadIndex);
-    if (own) atomicAdd(&words[slot == kRepeatedSlot ? kNumRepeated : kNumBad], 1);
+    note_bad(words, own, slot == kRepeatedSlot, 1);
   }
 }
 
@@ -222,10 +214,11 @@ __device__ __forceinline__ void wait_selections(const DispatchParams& p, const B
     s.chosen[i] = line;
     const uint32_t token = s.lines == 1 ? at.line : at.line / s.lines, bit = 1u << token % 32;
     uint32_t* bits = s.bits + token / 32 * keys + at.source * stride;
+    const uint32_t of_line[4] = {line.x, line.y, line.z, line.w};
     bool any = false, odd = false;
 #pragma unroll
     for (int k = 0; k < kLineSlots; ++k) {
-      const uint32_t slot = slot_of(line, k);
+      const uint32_t slot = slot_of(of_line, k);
       const bool here = slot < static_cast<uint32_t>(p.num_slots);
       if (here) atomicOr(&bits[slot], bit);
       any |= here;
@@ -261,7 +254,7 @@ __device__ __forceinline__ Landing land_chosen(const DispatchParams& p, const Bo
   int slot = -1, position = 0;
   if (lane < p.top_k && s.num_tokens[source] >= 0) {
     const int line = (source * p.max_tokens + token) * s.lines + lane / kLineSlots;
-    slot = static_cast<int>(slot_of(s, line, lane % kLineSlots));
+    slot = static_cast<int>(slot_of(reinterpret_cast<const uint32_t*>(s.chosen + line), lane % kLineSlots));
     if (slot < p.num_slots) {
       const int keys = p.ws.num_ranks * (p.num_slots + 1);
       const uint32_t* bits = s.bits + source * (p.num_slots + 1) + (p.layout == kRank ? p.num_slots : slot);

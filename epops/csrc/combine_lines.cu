@@ -203,8 +203,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_lines_kernel(const
   const auto agree = [&](bool came) {
     volatile int32_t* in_vain = &lost[t.id][++turn & 1];
     if (!came) *in_vain = turn;
-    if (t.parts > 1) barrier_sync(2 + t.id, t.parts * 32);
-    __syncwarp();
+    sync_team(t);
     if (*in_vain != turn) return true;
     failed = 1;
     return false;

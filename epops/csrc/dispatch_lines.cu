@@ -104,14 +104,6 @@ struct Asked {
   }
 };
 
-__device__ __forceinline__ void sync_team(const Team& t) {
-  if (t.parts == 1) {
-    __syncwarp();
-  } else {
-    barrier_sync(2 + t.id, t.parts * 32);
-  }
-}
-
 // This warp's part of a record and, by the first warp, its weights. The team meets before it is read.
 template <class T>
 __device__ __forceinline__ void make_all(const DispatchParams& p, const Team& t, int token, Asked<T>& asked,

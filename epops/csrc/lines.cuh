@@ -55,6 +55,13 @@ __device__ __forceinline__ void send_lines(uint8_t* to, const uint8_t* record, i
   }
 }
 
+// is_over, by all lanes of a warp, for the warp.
+__device__ __forceinline__ bool warp_is_over(const Workspace& ws, const Op& op, int peer, int phase, uint64_t* start) {
+  bool over = false;
+  if (threadIdx.x % 32 == 0) over = is_over(ws, op.epoch, peer, phase, start);
+  return __shfl_sync(~0u, over, 0);
+}
+
 // Waits for all lines of a record, by one warp, and reads nothing else of them. False: they do not come.
 __device__ __forceinline__ bool await_lines(const Workspace& ws, const Op& op, const uint8_t* from, int bytes,
                                             int source, int phase) {
@@ -68,10 +75,8 @@ __device__ __forceinline__ bool await_lines(const Workspace& ws, const Op& op, c
         line >= num || ld_relaxed_sys(reinterpret_cast<const uint32_t*>(from + line * kLine + kTag)) == op.epoch;
     if (__all_sync(~0u, came)) {
       line += 32;
-    } else if (++spin % 64 == 0) {
-      bool over = false;
-      if (threadIdx.x % 32 == 0) over = is_over(ws, op.epoch, source, phase, &start);
-      if (__shfl_sync(~0u, over, 0)) return false;
+    } else if (++spin % 64 == 0 && warp_is_over(ws, op, source, phase, &start)) {
+      return false;
     }
   }
   return true;
@@ -102,11 +107,7 @@ __device__ __forceinline__ bool read_lines(const Workspace& ws, const Op& op, co
       if ((missing >> i & 1) != 0 && __all_sync(~0u, !tells || v[i].z == op.epoch)) missing &= ~(1u << i);
     }
     if (missing == 0) return true;
-    if (spin % 64 == 0) {
-      bool over = false;
-      if (threadIdx.x % 32 == 0) over = is_over(ws, op.epoch, source, phase, &start);
-      if (__shfl_sync(~0u, over, 0)) return false;
-    }
+    if (spin % 64 == 0 && warp_is_over(ws, op, source, phase, &start)) return false;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       if ((missing >> i & 1) != 0) v[i] = ld_line(from + (first + i * stride) * kStepBytes);

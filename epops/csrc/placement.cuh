@@ -31,9 +31,9 @@ __device__ __forceinline__ void check_hash(const DispatchParams& p, const Places
 }
 
 // Selections of a source that counted as -1: its bits are everybody's, their number its own.
-__device__ __forceinline__ void note_bad(const DispatchParams& p, const Places& s, int source, bool repeated, int num) {
-  atomicOr(&s.words[kBits], repeated ? kDuplicate : kBadIndex);
-  if (source == p.ws.rank) atomicAdd(&s.words[repeated ? kNumRepeated : kNumBad], num);
+__device__ __forceinline__ void note_bad(int32_t* words, bool own, bool repeated, int num) {
+  atomicOr(&words[kBits], repeated ? kDuplicate : kBadIndex);
+  if (own) atomicAdd(&words[repeated ? kNumRepeated : kNumBad], num);
 }
 
 // Where each slot's group starts, from `tally`, by the first warp, a lane several slots in a row.
@@ -144,7 +144,7 @@ __device__ __forceinline__ void wait_counts(const DispatchParams& p, const Place
         to[0] = min(layout.paired != 0 ? value & 0xffff : value, most);
         if (layout.paired != 0 && slot < p.num_slots) to[1] = min(value >> 16, most);
       } else if (value != 0) {
-        note_bad(p, s, source, word > layout.first_bad, static_cast<int>(value));
+        note_bad(s.words, source == p.ws.rank, word > layout.first_bad, static_cast<int>(value));
       }
     }
   }

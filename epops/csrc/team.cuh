@@ -49,6 +49,15 @@ struct Crew {
 // A barrier of all warps but the poster.
 __device__ __forceinline__ void team_sync(const Team& t) { barrier_sync(1, t.num_threads); }
 
+// A barrier of one team, where all warps of the block are in teams or idle; none of its numbers is another's.
+__device__ __forceinline__ void sync_team(const Team& t) {
+  if (t.parts == 1) {
+    __syncwarp();
+  } else {
+    barrier_sync(2 + t.id, t.parts * 32);
+  }
+}
+
 // Items of a sending block, in order: `done` counts the warps that finished each.
 struct Outbox {
   uint32_t* done;   // shared, [kOutbox], zero
