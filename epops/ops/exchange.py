@@ -225,8 +225,9 @@ def start(halves: Halves, tensors: tuple[torch.Tensor | None, ...], a: dict[str,
     checked(group, halves, tensors, a, ())
     transport, key = group.transport, settings_key(halves.op, tensors, a)
     native = getattr(transport, halves.op, None)
+    first = next(t for t in tensors if t is not None)
     if native is not None:
-        beside = transport.runs_beside(a)
+        beside = transport.runs_beside(halves.op, first.shape[-1] * first.element_size(), a)
         group.start(
             halves.op,
             key,
@@ -244,7 +245,6 @@ def start(halves: Halves, tensors: tuple[torch.Tensor | None, ...], a: dict[str,
             return Pending(lambda: (_received(group, out, wire.take()), turn), wire.behind)
 
         group.start(halves.op, key, begin, keep)
-    first = next(t for t in tensors if t is not None)
     return torch.zeros(words.TICKET_WORDS, dtype=torch.int64, device=first.device)
 
 

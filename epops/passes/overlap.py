@@ -12,7 +12,7 @@ from .decline_log import declined
 from .graph_facts import arguments, is_exchange, is_random, op_name, result_users, tensor, writes
 from .ordering import run_after
 from .rewriting import call
-from .work_estimate import exchange_budget, work_of
+from .work_estimate import batch_of, exchange_time, work_of
 
 RULE = "overlap"
 HALVES = ("dispatch", "dispatch_quant", "dispatch_backward", "combine", "combine_backward", "all_to_all")
@@ -54,7 +54,8 @@ def _overlap(graph: Graph, exchange: Node) -> int:
     if sent is None:
         return 0
     window = _independent(exchange)
-    work = {node: work_of(node, tokens, top_k) for node in [*window.before, *window.after]}
+    batch = batch_of(given)
+    work = {node: work_of(node, tokens, top_k, batch) for node in [*window.before, *window.after]}
     shared = _shared_expert(exchange)
     heavy = sorted(
         (node for node, size in work.items() if size > 0),
@@ -63,7 +64,7 @@ def _overlap(graph: Graph, exchange: Node) -> int:
     if not heavy:
         declined(RULE, exchange, "no product beside it is independent of it")
         return 0
-    budget = exchange_budget(given, sent) if tokens is not None else None
+    budget = exchange_time(given, sent) if tokens is not None else None
     chosen: set[Node] = set()
     covered = 0.0
     for node in heavy:

@@ -1,7 +1,8 @@
-"""How much work a node is, for one token of the busiest rank: from sizes that are equal on all ranks.
+"""How long a node takes, and an exchange, of a batch of M tokens a rank: from sizes that are equal on all ranks.
 
-A rank's own token count T never enters: work that grows with T is counted for one token, whatever T is here.  So every rank
-comes to the same figures, whatever batch it has.
+A rank's own token count T never enters: what grows with T is taken for M, the most tokens of any rank, whatever T is here.
+So every rank comes to the same figures, whatever batch it has.  The figures are of an H200 of which either has about half
+(benchmarks/results); only how they compare with one another matters.
 """
 
 from __future__ import annotations
@@ -13,8 +14,20 @@ from torch.fx import Node
 
 from .graph_facts import arguments, aten, known_equal, op_name, tensor
 
-FLOPS_A_BYTE = 2000
-"""Floating-point operations that a GPU does while its link moves one byte (Hopper: 600 TFLOP/s beside 300 GB/s)."""
+FLOPS = 300e6
+"""Floating-point operations of a product in a microsecond."""
+
+WEIGHT_BYTES = 2.5e6
+"""Bytes of weights that a product reads in a microsecond."""
+
+WIRE_BYTES = 150e3
+"""Bytes of an exchange in a microsecond, regrouping included."""
+
+EXCHANGE_START = 15.0
+"""Microseconds of an exchange of nothing."""
+
+MANY_TOKENS = 4096
+"""M where the graph does not know it."""
 
 PRODUCTS = {
     aten.mm.default: (0, 1),
@@ -33,8 +46,14 @@ GROUPED = tuple(
 )
 
 
-def exchange_budget(given: dict[str, Any], sent: torch.Tensor) -> float | None:
-    """Work that fits beside an exchange of rows like ``sent`` (…, H), for one token; None where sizes say nothing.
+def batch_of(given: dict[str, Any]) -> int:
+    """M of an exchange."""
+    tokens = given.get("max_tokens")
+    return tokens if isinstance(tokens, int) else MANY_TOKENS
+
+
+def exchange_time(given: dict[str, Any], sent: torch.Tensor) -> float | None:
+    """Microseconds of an exchange of rows like ``sent`` (…, H); None where sizes say nothing.
 
     A token's row goes to at most K other ranks and R - 1.
     """
@@ -46,19 +65,19 @@ def exchange_budget(given: dict[str, Any], sent: torch.Tensor) -> float | None:
         return None
     copies = min(top_k, max(given["ep_size"] - 1, 1))
     itemsize = given.get("quant_dtype", given.get("out_dtype", sent.dtype)).itemsize
-    return float(copies * hidden * itemsize * FLOPS_A_BYTE)
+    return EXCHANGE_START + batch_of(given) * copies * hidden * itemsize / WIRE_BYTES
 
 
-def work_of(node: Node, tokens: Any, top_k: int) -> float:
-    """Floating-point operations of a node for one of ``tokens`` tokens; 0 for what is small or has sizes that ranks may not
-    share.
+def work_of(node: Node, tokens: Any, top_k: int, batch: int = MANY_TOKENS) -> float:
+    """Microseconds of a node in which ``tokens`` tokens stand for ``batch``; 0 for what is small or has sizes that ranks may
+    not share.
 
     ``tokens`` None: 1 for whatever is large.
     """
     if node.op != "call_function":
         return 0.0
     if node.target in GROUPED or op_name(node) in ("grouped_mm", "grouped_mm_backward_weight", "scaled_grouped_mm"):
-        return _grouped(node, top_k)
+        return _grouped(node, top_k, batch)
     places = PRODUCTS.get(node.target)
     if places is None:
         return 0.0
@@ -74,19 +93,27 @@ def work_of(node: Node, tokens: Any, top_k: int) -> float:
     rest = [size for index, size in enumerate(sizes) if index != growing]
     if not all(isinstance(size, int) for size in rest):
         return 0.0
-    return 2.0 * torch.Size(rest).numel()
+    return _product(batch, torch.Size(rest).numel(), torch.Size(rest).numel() * right.element_size())
 
 
-def _grouped(node: Node, top_k: int) -> float:
-    """A grouped product has K rows a token, however many rows there is room for."""
+def _product(rows: int, each: int, weight_bytes: int) -> float:
+    """Microseconds of a product of ``rows`` rows with ``each`` weights: what is slower, to multiply or to read them."""
+    return max(2.0 * rows * each / FLOPS, weight_bytes / WEIGHT_BYTES)
+
+
+def _grouped(node: Node, top_k: int, batch: int) -> float:
+    """A grouped product has K rows a token, however many rows there is room for, and weights of every expert."""
     if op_name(node) == "grouped_mm_backward_weight":
         given = arguments(node)
         sizes = [tensor(given["grad"]).shape[-1], tensor(given["rows"]).shape[-1]]
+        experts, itemsize = tensor(given["expert_ends"]).shape[0], tensor(given["rows"]).element_size()
     else:
         factors = [tensor(item) for item in node.args[:2]]
         if any(item is None for item in factors):
             return 0.0
         sizes = [factors[1].shape[-2], factors[1].shape[-1]]
-    if not all(isinstance(size, int) for size in sizes):
+        experts, itemsize = factors[1].shape[0], factors[1].element_size()
+    if not all(isinstance(size, int) for size in [*sizes, experts]):
         return 0.0
-    return 2.0 * top_k * torch.Size(sizes).numel()
+    each = torch.Size(sizes).numel()
+    return _product(batch * top_k, each, experts * each * itemsize)

@@ -22,6 +22,7 @@ from .base import Pending
 from .c10d import begin_equal
 from .domain import refusal
 
+SUMS = "combine", "dispatch_backward"  # ops that add rows up
 PHASES = {1: "header", 2: "counts", 3: "rows", 4: "answers", 5: "credits"}
 
 
@@ -117,9 +118,12 @@ class NvlinkTransport:
             plan = self._plans[key] = tuning.plan(op, max_tokens, self.size, self.num_sms, hidden)
         return plan
 
-    def runs_beside(self, a: dict[str, Any]) -> bool:
-        """Whether an op with these arguments pays beside other work (`Tuning`): from sizes that are equal on all ranks."""
-        return a.get("max_tokens", 0) <= self.tuning.beside_tokens
+    def runs_beside(self, op: str, row_bytes: int, a: dict[str, Any]) -> bool:
+        """Whether an op with these arguments pays beside other work (`Tuning`): from what is equal on all ranks."""
+        tokens = a.get("max_tokens", 0)
+        return tokens * row_bytes <= self.tuning.beside_bytes and (
+            op not in SUMS or tokens <= self.tuning.beside_sum_tokens
+        )
 
     def beside(self, run: Callable[[], Any]) -> Pending:
         """Begin ``run``, one of the ops below, on a stream of its own and on few multiprocessors.

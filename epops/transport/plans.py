@@ -52,11 +52,11 @@ class Tuning:
     (csrc/combine_streams.cu), for elements of 16 bits on sm_90 and newer; ``stream_senders``, at most ``num_sms``, of its
     blocks send: more than the link needs are slower.
     ``limit_blocks``: at most so many blocks (0: no limit). ``beside_sms``: blocks of an op that a start half runs on a
-    second stream, up to M ``beside_tokens``; above, matrix products lose more by sharing the chip than the exchange gains,
-    and the whole op runs where its wait is. ``pdl``: a kernel's launch overlaps the end of the one before. ``extra``: plans by
-    op, instead of
-    all this. Of all_to_all: ``ring_bytes`` of peer memory for its chunks, ``chunk_bytes`` of the smallest, ``ring_senders``
-    blocks that send an x of more than ``whole_bytes``; an x of at most ``small_bytes`` goes by the kernel for little.
+    second stream; one of which M rows are more than ``beside_bytes``, or one that adds rows up and M is more than
+    ``beside_sum_tokens``, loses more there than is gained, and runs whole where its wait is. ``pdl``: a kernel's launch overlaps
+    the end of the one before. ``extra``: plans by op, instead of all this. Of all_to_all: ``ring_bytes`` of peer memory for its
+    chunks, ``chunk_bytes`` of the smallest, ``ring_senders`` blocks that send an x of more than ``whole_bytes``; an x of at most
+    ``small_bytes`` goes by the kernel for little.
     """
 
     num_sms: int = 32
@@ -72,7 +72,8 @@ class Tuning:
     stream_senders: int = 24
     limit_blocks: int = 0
     beside_sms: int = 64
-    beside_tokens: int = 512
+    beside_bytes: int = 32 << 20
+    beside_sum_tokens: int = 128
     pdl: int = 1
     ring_bytes: int = 32 << 20
     chunk_bytes: int = 4096

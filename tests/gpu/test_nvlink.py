@@ -228,23 +228,23 @@ def graph_scenario(rank, world, replays):
         group.check()
 
 
-def halves_scenario(rank, world, transport):
+def halves_scenario(rank, world, transport, tokens):
     """Started halves with work beside them give what whole ops give: eager, and in a graph that is replayed with new routing."""
     import epops
 
     from .ranks import Shape
 
-    shape = Shape(world, 40, 4, 8 * world, 8, 256, alignment=4)
-    made = {"max_tokens": 40, "num_experts": 8 * world, "alignment": 4, "device": "cuda", "transport": transport}
+    shape = Shape(world, tokens, 4, 8 * world, 8, 256, alignment=4)
+    made = {"max_tokens": tokens, "num_experts": 8 * world, "alignment": 4, "device": "cuda", "transport": transport}
     with epops.ExpertGroup(None, "halves", **made) as group:
         step, square = Step(group, shape, rank), torch.randn(512, 512, device="cuda")
-        settings = {"group": group, "max_tokens": 40, "num_tokens": 40, "top_k": 4}
+        settings = {"group": group, "max_tokens": tokens, "num_tokens": tokens, "top_k": 4}
 
         def halves():
             arguments = step.x, step.idx, step.w
-            ticket = epops.dispatch_start(*arguments, group=group, max_tokens=40)
+            ticket = epops.dispatch_start(*arguments, group=group, max_tokens=tokens)
             beside = [square @ square for _ in range(8)]  # takes memory that was free when the start was given its own
-            sent = epops.dispatch_wait(ticket, *arguments, group=group, max_tokens=40)
+            sent = epops.dispatch_wait(ticket, *arguments, group=group, max_tokens=tokens)
             y = sent.rows * 2
             ticket = epops.combine_start(y, sent.route, sent.row_weights, **settings)
             beside += [square @ square for _ in range(8)]
@@ -371,9 +371,9 @@ def test_graphs_replay_with_new_routing():
     run_ranks(graph_scenario, 3000)
 
 
-@pytest.mark.parametrize("transport", ["nvlink", "c10d"])
-def test_started_halves_are_the_whole(transport):
-    run_ranks(halves_scenario, transport)
+@pytest.mark.parametrize(("transport", "tokens"), [("nvlink", 40), ("nvlink", 1500), ("c10d", 40)])
+def test_started_halves_are_the_whole(transport, tokens):
+    run_ranks(halves_scenario, transport, tokens)
 
 
 @pytest.mark.parametrize("graphed", [False, True])

@@ -37,7 +37,7 @@ class Native(Later):
         self.side = ThreadPoolExecutor(1)
         self.running: list[Any] = []
 
-    def runs_beside(self, a: dict[str, Any]) -> bool:
+    def runs_beside(self, op: str, row_bytes: int, a: dict[str, Any]) -> bool:
         return True
 
     def beside(self, run: Any) -> Pending:
@@ -65,7 +65,7 @@ class Native(Later):
 class AtTheWait(Native):
     """Whole ops that do not pay beside other work: the wait runs them."""
 
-    def runs_beside(self, a: dict[str, Any]) -> bool:
+    def runs_beside(self, op: str, row_bytes: int, a: dict[str, Any]) -> bool:
         return False
 
     def beside(self, run: Any) -> Pending:

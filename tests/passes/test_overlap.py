@@ -171,7 +171,7 @@ def test_a_covered_dispatch_leaves_the_rest_to_the_combine():
             hidden = hidden @ given["shared"]
         return blocks.routed(given) + hidden
 
-    # One product of 2 * H flops a channel covers half of 4 bytes a channel at 2000 flops a byte.
+    # A product's 16 MB of weights take 6.4 µs by the estimate, an exchange of a few rows a little more than 15.
     given = blocks.inputs(hidden=2000, tokens=2)
     graph = blocks.passed(block, given, passes=ALL)
     assert graph.rewrites["overlap"] == 2
@@ -181,7 +181,7 @@ def test_a_covered_dispatch_leaves_the_rest_to_the_combine():
         ops[start : ops.index(op, start)].count("mm")
         for start, op in ((dispatch, "epops.dispatch_wait"), (combine, "epops.combine_wait"))
     ]
-    assert beside == [2, 4]  # those that come before it anyway come along
+    assert beside == [3, 3]
 
 
 def nothing_independent(given):
