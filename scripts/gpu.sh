@@ -12,7 +12,7 @@
 #   vdev        torch's exchanges with splits on the device, in processes of their own
 #   mla         latent attention: the example, and both cores at decode
 #   decode      a decode step beside other ways, rows with room to spare, and a soak
-#   together    every test on two GPUs, side by side where they do not disturb one another: about 230 s
+#   together    every test on two GPUs, side by side where they do not disturb one another: about 260 s
 # Each stage has its own time limit, so that a hang costs little; the last line says which stages passed.
 set -uo pipefail
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NCCL_NVLS_ENABLE=0
@@ -67,11 +67,15 @@ for name in "$@"; do
     together)
       pids=()
       beside virtual 0 200 tests/gpu/test_virtual_ranks.py
-      beside virtual-all-to-all 1 200 tests/gpu/test_virtual_all_to_all.py tests/gpu/test_scaled_grouped_mm.py tests/gpu/test_row_kernel.py
+      beside virtual-all-to-all 1 200 tests/gpu/test_virtual_all_to_all.py tests/gpu/test_row_kernel.py
       beside nvlink 0,1 150 tests/gpu/test_nvlink.py -k "not stalls and not killed and not memory"
       beside exchanges 0,1 200 tests/gpu/test_nvlink_all_to_all.py tests/gpu/test_fsdp.py tests/gpu/test_nccl.py
-      beside models 0,1 250 tests/gpu/test_decode.py tests/gpu/test_fuse_quant.py
-      for pid in "${pids[@]}"; do wait "$pid"; done
+      wait "${pids[@]}"
+      pids=()
+      beside decode 0,1 200 tests/gpu/test_decode.py -k "mixtral or qwen3 or bfloat16"
+      beside decode-others 0,1 200 tests/gpu/test_decode.py -k "not (mixtral or qwen3 or bfloat16)"
+      beside fp8 0,1 200 tests/gpu/test_fuse_quant.py tests/gpu/test_scaled_grouped_mm.py
+      wait "${pids[@]}"
       for log in "$results"/*.pytest; do
         summary+="$(basename "$log" .pytest): $(grep -E 'passed|failed|error' "$log" | tail -1); "
         grep -qE '[0-9]+ passed' "$log" && ! grep -qE '[0-9]+ (failed|error)' "$log" || summary+="FAILED; "

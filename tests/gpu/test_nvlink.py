@@ -36,9 +36,9 @@ def serve(scenario, rank, world, port, results, extra):
 
 def run_ranks(scenario, *extra, world=None, limit=90.0, meddle=None):
     """Run the scenario on every GPU; ``meddle(processes)`` may disturb them.  Ranks that were killed need not report."""
-    world = world or torch.cuda.device_count()
-    if world < 2:
-        pytest.skip("needs two GPUs")
+    world = world or max(2, torch.cuda.device_count())
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
