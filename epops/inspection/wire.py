@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from ..layout import num_scales
 from ..passes.graph_facts import op_name
 from ..passes.work_estimate import work_of
+from ..schema import EXCHANGES
 from .text import unwrap
 
 
@@ -30,14 +31,10 @@ def exchange_of(node: Node) -> tuple[str, dict[str, Any]] | None:
     schema = getattr(target, "_schema", None)
     if schema is None or schema.name.split("::")[0] not in ("epops", "_c10d_functional"):
         return None
-    name = schema.name.split("::")[1].removesuffix("_start")
-    if name.endswith("_wait") or name in (
-        "wait_tensor",
-        "grouped_mm",
-        "grouped_mm_backward_weight",
-        "scaled_grouped_mm",
-    ):
+    space, name = schema.name.split("::")
+    if name.endswith("_wait") or name == "wait_tensor" or (space == "epops" and name not in EXCHANGES):
         return None
+    name = name.removesuffix("_start")
     given: dict[str, Any] = {}
     for index, item in enumerate(schema.arguments):
         if item.name in kwargs:

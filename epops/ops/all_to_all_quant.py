@@ -130,7 +130,7 @@ def _result(
 
 def _packed(x: torch.Tensor, quant: dict[str, Any]) -> torch.Tensor:
     rows, scales = quantize_rows(x.reshape(-1, x.shape[-1]), **quant)
-    return pack(rows, scales).view(*x.shape[:-1], -1)
+    return pack(rows, scales).unflatten(0, x.shape[:-1])
 
 
 def _exchange(

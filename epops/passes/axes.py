@@ -22,8 +22,12 @@ class Atom:
         self.parts: tuple[Atom, Atom] | None = None
 
     def split(self, outer: int) -> bool:
-        """Divide into ``outer`` times the rest; whether that is possible."""
-        if self.whole or not isinstance(self.size, int) or outer <= 0 or self.size % outer:
+        """Divide into ``outer`` times the rest; whether that is possible.
+
+        A symbolic size is divided like a known one, for another rank may know it: a view that is dealt out to the end divides
+        it without remainder, or it would not be a view.
+        """
+        if self.whole or outer <= 0 or (isinstance(self.size, int) and self.size % outer):
             return False
         self.parts = (Atom(outer), Atom(self.size // outer))
         return True

@@ -59,11 +59,15 @@ def fuse_add(graph: Graph) -> int:
     the order of exchanges is untouched.
     """
     count, joint = 0, is_joint(graph)
-    for combine in epops_calls(graph, ("combine", "combine_wait")):
-        if op_name(combine) == "combine":
-            count += _fold_weights(graph, combine)
-        count += _fold_addition(graph, combine, joint)
-    return count
+    while True:  # a sum that is left of a fused one may be another combine's
+        found = 0
+        for combine in epops_calls(graph, ("combine", "combine_wait")):
+            if op_name(combine) == "combine":
+                found += _fold_weights(graph, combine)
+            found += _fold_addition(graph, combine, joint)
+        if found == 0:
+            return count
+        count += found
 
 
 # ---- the addition --------------------------------------------------------------------------------------------------
@@ -166,14 +170,25 @@ def _find_sum(combine: Node, out: Node) -> Sum | None:
 
 
 def _adds_zero(add: Node, operand: Node) -> bool:
-    """What ``sum([a, b])`` begins with."""
+    """What ``sum([a, b])`` begins with: nothing is scaled by it, widened or broadcast."""
     other = add.args[1] if add.args[0] is operand else add.args[0]
-    return add.target is aten.add.Tensor and constant(other) == 0 and tensor(add).dtype == tensor(operand).dtype
+    total, rows = tensor(add), tensor(operand)
+    return (
+        add.target is aten.add.Tensor
+        and constant(other) == 0
+        and _alpha(add) == 1
+        and total.dtype == rows.dtype
+        and same_shape(total.shape, rows.shape)
+    )
+
+
+def _alpha(add: Node) -> Any:
+    return add.kwargs.get("alpha", add.args[2] if len(add.args) > 2 else 1)
 
 
 def _read_sum(add: Node, out: Node, operand: Node, factors: list[float], between: list[Node]) -> Sum | None:
     left, right = add.args[:2]
-    alpha = add.kwargs.get("alpha", add.args[2] if len(add.args) > 2 else 1)
+    alpha = _alpha(add)
     if not isinstance(alpha, (int, float)):
         return None
     scales = {

@@ -1,4 +1,4 @@
-"""keep_order: exchanges of one group run in the order in which the program made them, on every rank."""
+"""keep_order: exchanges run in the order in which the program made them, on every rank."""
 
 from __future__ import annotations
 
@@ -20,31 +20,25 @@ def exchange_name(node: Node) -> str | None:
 
 
 def keep_order(graph: Graph) -> int:
-    """Pin the order of each group's exchanges.
+    """Pin the order of the exchanges.
 
-    Rewrite: a … b, exchanges of one group with no data from a to b → b waits for a.
+    Rewrite: a … b, exchanges next to one another with no data from a to b → b waits for a.
     Requires: nothing; always on, and never decided by a rank's own sizes.
-    Guarantees: Inductor's scheduler and memory planner leave the exchanges of a group in trace order, which is the same on
-    every rank that runs the same program; exchanges that depend on one another by data get no pin.
+    Guarantees: Inductor's scheduler and memory planner leave the exchanges in trace order, which is the same on every rank
+    that runs the same program; those of different groups too, for a rank that waits in one group and a rank that waits in
+    another would wait for ever.  Exchanges that depend on one another by data get no pin.
     """
     pins = 0
-    latest: dict[str, tuple[int, Node]] = {}
-    reach: dict[Node, dict[str, int]] = {}
+    latest: Node | None = None
+    number = -1  # of the latest exchange
+    reach: dict[Node, int] = {}  # the number of the latest exchange that a node is computed from
     for node in graph.nodes:
-        seen: dict[str, int] = {}
-        for source in node.all_input_nodes:
-            for group, index in reach[source].items():
-                if index > seen.get(group, -1):
-                    seen[group] = index
+        seen = max((reach[source] for source in node.all_input_nodes), default=-1)
         if exchange_name(node) is not None:
-            group = str(node.kwargs.get("group"))
-            if group in latest:
-                index, before = latest[group]
-                if seen.get(group, -1) < index:
-                    run_after(node, [before])
-                    pins += 1
-            index = latest[group][0] + 1 if group in latest else 0
-            latest[group] = (index, node)
-            seen = {**seen, group: index}
+            if latest is not None and seen < number:
+                run_after(node, [latest])
+                pins += 1
+            latest, number = node, number + 1
+            seen = number
         reach[node] = seen
     return pins

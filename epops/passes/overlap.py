@@ -88,11 +88,9 @@ def _sizes(exchange: Node, given: dict[str, Any]) -> tuple[Any, int, torch.Tenso
         return None, 1, tensor(given["x"])
     if name in ("dispatch", "dispatch_quant"):
         choices, sent = tensor(given["topk_idx"]), tensor(given["x"])
-        return (
-            (choices.shape[0], choices.shape[1], sent)
-            if choices is not None and isinstance(choices.shape[1], int)
-            else (0, 1, None)
-        )
+        if choices is None or sent is None or not isinstance(choices.shape[1], int):
+            return 0, 1, None
+        return sent.shape[0], choices.shape[1], sent  # products are of x: choices may have another symbol for as many
     if name == "combine_backward":
         grad = tensor(given["grad_out"])
         return (grad.shape[0] if grad is not None else None), given["top_k"], grad

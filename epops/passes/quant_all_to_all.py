@@ -102,7 +102,7 @@ def _quantizing(graph: Graph, exchange: Node, found: Quantizer) -> tuple[Node, N
         # As bytes and back: a compiler does not round numbers of 16 bits that it keeps to itself, so it gets them from memory.
         x = x.contiguous().view(torch.uint8).view(x.dtype)
         rows, scales = quantize_rows(x.reshape(-1, hidden), **settings)
-        return pack(rows, scales).view(*x.shape[:-1], -1)
+        return pack(rows, scales).unflatten(0, x.shape[:-1])
 
     def unpacked(got: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Behind what came there are zeros, which are quantized like others in the graph as it was.
@@ -111,8 +111,8 @@ def _quantizing(graph: Graph, exchange: Node, found: Quantizer) -> tuple[Node, N
         zero = quantize_rows(got.new_zeros((1, 1), dtype=torch.float32), **zeros)
         rows, scales = unpack(got, hidden, blocks, found.quant_dtype, torch.uint8 if narrow else torch.float32)
         scales = torch.where(came, powers_of_two(scales) if narrow else scales, zero[1])
-        if not found.eps:
-            rows = torch.where(came, rows.view(torch.uint8), zero[0].view(torch.uint8)).view(rows.dtype)
+        # That may be 0 / 0, too, where eps is none or so small that its reciprocal is infinite.
+        rows = torch.where(came, rows.view(torch.uint8), zero[0].view(torch.uint8)).view(rows.dtype)
         return rows, scales.to(torch.float8_e8m0fnu) if narrow else scales
 
     with graph.inserting_before(exchange):
@@ -228,7 +228,7 @@ def _merge(graph: Graph, first: Node, second: Node) -> None:
     hoist(moved, first)
 
     def packed(q: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return pack(q.reshape(-1, hidden).contiguous(), s.reshape(-1, width).contiguous()).view(*q.shape[:-1], -1)
+        return pack(q.reshape(-1, hidden).contiguous(), s.reshape(-1, width).contiguous()).unflatten(0, q.shape[:-1])
 
     def unpacked(got: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, s = unpack(got, hidden, width, row_dtype, scale_dtype)

@@ -54,6 +54,13 @@ class Term(NamedTuple):
     row: Any = None
     dtype: torch.dtype | None = None
 
+    def of_blocks_of(self, other: Term) -> bool:
+        """Whether the numbers of both are of the same blocks of channels: the same formula of others is another quantizer."""
+        return known_equal(self.width, other.width) and known_equal(self.padding, other.padding)
+
+    def same_as(self, other: Term) -> bool:
+        return self.expr == other.expr and self.of_blocks_of(other)
+
 
 def read_terms(root: Node, allowed: set[Node] | None = None) -> dict[Node, Term]:
     """Terms of the nodes (of ``allowed`` alone, if given) that compute something from the root and numbers, in graph order."""
@@ -252,6 +259,8 @@ def _arithmetic(node: Node, known: list[Term | None]) -> Term | None:
         low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
         high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
         for word, bound in (("max", low), ("min", high)):
+            if bound is not None and not _keeps_shape(node.args[0], result):
+                return None
             if bound is not None:
                 first = _with_number(word, first, bound, result.dtype)
                 if first is None:
@@ -266,13 +275,18 @@ def _arithmetic(node: Node, known: list[Term | None]) -> Term | None:
     if left is not None and right is not None:
         return _two_terms(word, node, left, right, result)
     if left is not None:
-        return _with_number(word, left, node.args[1], result.dtype)
+        return _with_number(word, left, node.args[1], result.dtype) if _keeps_shape(node.args[0], result) else None
     if right is not None and word in _COMMUTES:
-        return _with_number(word, right, node.args[0], result.dtype)
+        return _with_number(word, right, node.args[0], result.dtype) if _keeps_shape(node.args[1], result) else None
     if right is not None and word == "div" and right.per == "block" and constant(node.args[0]) is not None:
         # The graph divides a number: one rounding, unlike ``number / tensor`` in Python, which is reciprocal, then product.
         return right._replace(expr=("rdiv", right.expr, constant(node.args[0]), result.dtype))
     return None
+
+
+def _keeps_shape(operand: Any, result: torch.Tensor) -> bool:
+    """Whether a number does not widen what it meets: one that was filled in may have a shape."""
+    return same_shape(tensor(operand).shape, result.shape)
 
 
 def _never_negative(expr: Expr) -> bool:

@@ -50,10 +50,10 @@ def read_uses(exchange: Node, rows: Node) -> Uses | None:
         if cast is not None:
             declined(RULE, exchange, f"{cast.name} is computed from its rows by a formula that is no known quantizer")
         return None
-    if len({terms[node].expr for node in casts}) != 1:
+    if not all(terms[node].same_as(terms[casts[0]]) for node in casts):
         raise Unknown(f"{casts[0].name} and {casts[-1].name} quantize it differently")
     found = recognize(terms[casts[0]], tensor(rows).shape[-1])
-    computed = {term.expr for term in terms.values()}
+    computed = {term.expr for term in terms.values() if term.of_blocks_of(terms[casts[0]])}
     found = next((one for one in variants(found) if one.scale in computed), found)
     outputs = _seen_outside(terms, casts, found)
     require_unwritten(exchange, max(outputs))
@@ -79,8 +79,9 @@ def _some_cast(rows: Node) -> Node | None:
 
 def _seen_outside(terms: dict[Node, Term], casts: list[Node], found: Quantizer) -> dict[Node, str]:
     """Nodes of the quantizer that others use, and what each is: "rows", "scales" or "narrow scales" (UE8M0)."""
-    narrow = ("to", found.scale, torch.float8_e8m0fnu)
-    formula = {node for node, term in terms.items() if term.expr in (found.scale, narrow, terms[casts[0]].expr)}
+    narrow, quantized = ("to", found.scale, torch.float8_e8m0fnu), terms[casts[0]]
+    parts = found.scale, narrow, quantized.expr
+    formula = {node for node, term in terms.items() if term.expr in parts and term.of_blocks_of(quantized)}
     stack = [*formula, *casts]
     formula.update(casts)
     while stack:
@@ -94,11 +95,11 @@ def _seen_outside(terms: dict[Node, Term], casts: list[Node], found: Quantizer) 
         term = terms[node]
         if not others:
             continue
-        if term.expr == terms[casts[0]].expr and not term.padded:
+        if term.same_as(quantized) and not term.padded:
             outputs[node] = "rows"
-        elif term.per == "block" and term.expr == found.scale:
+        elif term.per == "block" and term.of_blocks_of(quantized) and term.expr == found.scale:
             outputs[node] = "scales"
-        elif term.per == "block" and term.expr == narrow:
+        elif term.per == "block" and term.of_blocks_of(quantized) and term.expr == narrow:
             outputs[node] = "narrow scales"
         else:
             raise Unknown(f"{node.name} is used by {others[0].name} besides the quantizer")

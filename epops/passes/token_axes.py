@@ -123,10 +123,19 @@ def _permute(node: Node, moving: Moving, sizes: Sizes) -> Place | None:
     return found._replace(axis=axis)
 
 
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
 def _reshape(node: Node, moving: Moving, sizes: Sizes) -> Place | None:
     found = moving[node.args[0]]
     if node.target in COPIES:
         return found._replace(strided=False)
+    moved = _reshaped(node, found, sizes)
+    # What merges or splits the tokens' dims by any other name has arguments that are of the dims as they are.
+    return moved if moved is not None and (moved.spread == found.spread or node.target in VIEWS) else None
+
+
+def _reshaped(node: Node, found: Place, sizes: Sizes) -> Place | None:
     before, after = tensor(node.args[0]), tensor(node)
     dims = axes.of_shape(before.shape)
     if found.kind == "rows":
@@ -236,9 +245,18 @@ def _pointwise_of_tensors(node: Node, moving: Moving) -> Place | None:
         return None
     found = next(iter(moving.values()))._replace(strided=False)
     for item in node.all_input_nodes:
-        if item not in moving and tensor(item) is not None and (item.target is not aten.full.default or found.spread):
+        given = tensor(item)
+        if item in moving or given is None:
+            continue
+        if item.target is not aten.full.default or found.spread or not _as_many(given, found, moving):
             return None
     return found
+
+
+def _as_many(given: torch.Tensor, found: Place, moving: Moving) -> bool:
+    """Whether an input has an entry for every token: with fewer, a gather or scatter is of the first ones."""
+    tokens = tensor(next(iter(moving)))
+    return given.dim() == tokens.dim() and known_equal(given.shape[found.axis], tokens.shape[found.axis])
 
 
 def _cat(node: Node, moving: Moving, sizes: Sizes) -> Place | None:

@@ -10,9 +10,20 @@ from torch.fx.node import map_arg
 
 from . import axes
 from .decline_log import declined
-from .graph_facts import COPIES, PERMUTES, aten, epops_calls, is_reshape, known_equal, op_name, tensor, writes
+from .graph_facts import (
+    COPIES,
+    PERMUTES,
+    aten,
+    epops_calls,
+    is_reshape,
+    is_whole_slice,
+    known_equal,
+    op_name,
+    tensor,
+    writes,
+)
 from .rewriting import call, erase_unused, size
-from .token_axes import Place, Sizes, place
+from .token_axes import VIEWS, Place, Sizes, place
 
 RULE = "fuse_transpose"
 DISPATCHES = ("dispatch", "dispatch_quant")
@@ -231,6 +242,9 @@ def _twin(graph: Graph, node: Node, places: dict[Node, Place], twins: dict[Node,
     if node.target in COPIES and places[node.args[0]].strided:
         twins[node] = twins[node.args[0]]
         return
+    if node.args[0] in twins and is_whole_slice(node):  # its end is of the dim as it is
+        twins[node] = twins[node.args[0]]
+        return
     with graph.inserting_before(node):
         back = Sizes(sizes.inner, sizes.outer)
         mine = {
@@ -247,9 +261,6 @@ def _twin(graph: Graph, node: Node, places: dict[Node, Place], twins: dict[Node,
             args = (args[0], shape, *args[2:])
             target = aten.reshape.default if target in VIEWS else target
         twins[node] = call(graph, target, args, kwargs, like=node)
-
-
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def _transposed(graph: Graph, node: Node, where: Place, sizes: Sizes) -> Node:

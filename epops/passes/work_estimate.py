@@ -77,7 +77,7 @@ def work_of(node: Node, tokens: Any, top_k: int, batch: int = MANY_TOKENS) -> fl
     if node.op != "call_function":
         return 0.0
     if node.target in GROUPED or op_name(node) in ("grouped_mm", "grouped_mm_backward_weight", "scaled_grouped_mm"):
-        return _grouped(node, top_k, batch)
+        return _grouped(node, top_k, batch) if all(tensor(item) is not None for item in node.args[:2]) else 0.0
     places = PRODUCTS.get(node.target)
     if places is None:
         return 0.0
@@ -88,7 +88,7 @@ def work_of(node: Node, tokens: Any, top_k: int, batch: int = MANY_TOKENS) -> fl
     if tokens is None:
         return 1.0
     growing = next((index for index, size in enumerate(sizes) if known_equal(size, tokens)), None)
-    if growing is None:
+    if growing is None or (growing < left.dim() - 1 and known_equal(sizes[-1], tokens)):  # or tokens times tokens
         return 0.0
     rest = [size for index, size in enumerate(sizes) if index != growing]
     if not all(isinstance(size, int) for size in rest):
@@ -103,16 +103,17 @@ def _product(rows: int, each: int, weight_bytes: int) -> float:
 
 def _grouped(node: Node, top_k: int, batch: int) -> float:
     """A grouped product has K rows a token, however many rows there is room for, and weights of every expert."""
+    left, right = (tensor(item) for item in node.args[:2])
     if op_name(node) == "grouped_mm_backward_weight":
-        given = arguments(node)
-        sizes = [tensor(given["grad"]).shape[-1], tensor(given["rows"]).shape[-1]]
-        experts, itemsize = tensor(given["expert_ends"]).shape[0], tensor(given["rows"]).element_size()
+        sizes, ends = [left.shape[-1], right.shape[-1]], arguments(node)["expert_ends"]
+    elif left.dim() == 3:
+        return 0.0  # groups of tokens' columns
+    elif right.dim() == 2:  # the same, of torch's own
+        sizes, ends = [left.shape[0], right.shape[-1]], arguments(node).get("offs")
     else:
-        factors = [tensor(item) for item in node.args[:2]]
-        if any(item is None for item in factors):
-            return 0.0
-        sizes = [factors[1].shape[-2], factors[1].shape[-1]]
-        experts, itemsize = factors[1].shape[0], factors[1].element_size()
+        sizes, ends = [right.shape[-2], right.shape[-1]], None
+    experts = right.shape[0] if right.dim() == 3 else tensor(ends).shape[0] if tensor(ends) is not None else 1
+    itemsize = right.element_size()
     if not all(isinstance(size, int) for size in [*sizes, experts]):
         return 0.0
     each = torch.Size(sizes).numel()

@@ -12,7 +12,8 @@ WHOLE = 16
 
 def pack(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """(T, H) fp8 and (T, blocks) scales as (T, W) bytes: the scales, the rows, and zeros up to a multiple of `WHOLE`."""
-    parts = scales.view(torch.uint8), rows.view(torch.uint8)
+    # A copy, for a quotient of no rows may have a stride of 0, which is no view of bytes.
+    parts = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8), rows.view(torch.uint8)
     used = parts[0].shape[1] + parts[1].shape[1]
     return torch.cat([*parts, rows.new_zeros((rows.shape[0], -used % WHOLE), dtype=torch.uint8)], dim=1)
 

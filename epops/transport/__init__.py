@@ -1,6 +1,6 @@
 """Transports: who moves the bytes of a group."""
 
-from .base import Call, Pending, Swap, Transport
+from .base import Call, Pending, Swap, Transport, sizes_word
 from .c10d import CaptureTransport, GlooTransport, NcclTransport
 
-__all__ = ["Call", "CaptureTransport", "GlooTransport", "NcclTransport", "Pending", "Swap", "Transport"]
+__all__ = ["Call", "CaptureTransport", "GlooTransport", "NcclTransport", "Pending", "Swap", "Transport", "sizes_word"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -42,6 +43,14 @@ COMPARED = (
     (1, "position in the group's order"),
 )
 """Header words that must be equal on all ranks, in the order in which a difference is reported."""
+
+
+OTHER_DIMS = "x, the sizes of its dims that are neither scattered nor gathered (as one number)"
+
+
+def sizes_word(sizes: Iterable[int]) -> int:
+    """Sizes that ranks must agree on, as one number to compare."""
+    return zlib.crc32(repr(tuple(int(size) for size in sizes)).encode())
 
 
 class Call(NamedTuple):
@@ -88,6 +97,7 @@ def differences(mine: list[int], theirs: list[int]) -> str | None:
             expected, got = mine[word], theirs[word]
             if name == "op":
                 return f"op: expected {OPCODES[expected]} as here, got {_opcode(got)} there"
+            name = name if name != "capacity" else _word_name(name, _opcode(mine[2]))
             return f"{name}: expected {expected} as here, got {got} there"
     if _opcode(mine[2]) not in WITH_SIZES and mine[14] != theirs[14]:
         expected, got = (struct.unpack("<d", struct.pack("<q", words[14]))[0] for words in (mine, theirs))
@@ -100,9 +110,14 @@ def describe(word: int, mine: list[int], theirs: list[int]) -> tuple[str, str, s
     if word == 0:
         return "op", _opcode(mine[word]), _opcode(theirs[word])
     name = {place - 2: name for place, name in COMPARED}.get(word, "x, the bytes for each rank")
-    if name == "bytes a row" and _opcode(mine[0]) in WITH_SIZES:
-        name = "x, the bytes for each rank"  # these have no rows of one width: a part is one
-    return name, str(mine[word]), str(theirs[word])
+    return _word_name(name, _opcode(mine[0])), str(mine[word]), str(theirs[word])
+
+
+def _word_name(name: str, opcode: str) -> str:
+    """What a word of an op is called there: those with sizes have no rows of one width, and no capacity."""
+    if opcode in WITH_SIZES and name == "bytes a row":
+        return "x, the bytes for each rank"
+    return OTHER_DIMS if opcode in WITH_SIZES and name == "capacity" else name
 
 
 def _opcode(code: int) -> str:

@@ -286,3 +286,24 @@ def two_ranks(rank, size):
 
 def test_numbers_on_two_ranks():
     assert run_ranks(two_ranks, 2) == [[1, 1, 1, 1]] * 2
+
+
+def scaled_into_zeros(given):
+    total = torch.zeros_like(given["x"])
+    total.add_(ROUTED(given), alpha=0.5)
+    return total.add_(given["x"] @ given["shared"])
+
+
+def zeros_of_a_batch(given):
+    return torch.zeros(2, 5, 16) + ROUTED(given) + torch.stack([given["x"], given["x"] * 2])
+
+
+def two_routed_results(given):
+    return torch.stack([ROUTED(given), given["x"], ROUTED({**given, "x": given["x"] * 3})]).sum(0)
+
+
+def test_zeros_that_scale_or_widen_what_they_are_added_to():
+    """`passed` compares with eager, and runs the pass again."""
+    for block, rewrites in ((scaled_into_zeros, 1), (zeros_of_a_batch, 0), (two_routed_results, 2)):
+        assert blocks.passed(block, blocks.inputs(), passes=[fuse_add]).rewrites == {"fuse_add": rewrites}
+    assert blocks.same_numbers(scaled_into_zeros, blocks.inputs(), [fuse_add], 1e-5)["fuse_add"]

@@ -179,6 +179,30 @@ def two_quantizers(given):
     return valid(sent, *quantizers.per_token(sent.rows), *quantizers.blocks_of_128(sent.rows))
 
 
+def of_blocks_of(width, x):
+    wide = x.float().unflatten(-1, (-1, width))
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-4) / quantizers.TOP
+    return (wide / scale).flatten(-2).to(quantizers.FP8), scale.squeeze(-1)
+
+
+def one_formula_of_two_widths(given):
+    sent = epops.dispatch(given["x"], given["idx"], given["weights"], group="ep")
+    return valid(sent, *of_blocks_of(128, sent.rows), of_blocks_of(64, sent.rows)[0])
+
+
+def scales_of_another_width(given):
+    q, scales = of_blocks_of(128, given["x"])[0], of_blocks_of(64, given["x"])[1]
+    sent = epops.dispatch(q, given["idx"], given["weights"], scales, group="ep")
+    return valid(sent, sent.rows, sent.scales)
+
+
+def widened_scales(given):
+    sent = epops.dispatch(given["x"], given["idx"], given["weights"], group="ep")
+    amax = sent.rows.float().abs().amax(-1, keepdim=True)
+    q = (sent.rows.float() / (amax.clamp(min=1e-4) / quantizers.TOP)).to(quantizers.FP8)
+    return valid(sent, q, torch.maximum(amax, torch.full((1, 4), 1e-4)) / quantizers.TOP)
+
+
 def sent_rows_used_besides(given):
     q, scales = quantizers.per_token(given["x"])
     sent = epops.dispatch(q, given["idx"], given["weights"], scales, group="ep")
@@ -205,6 +229,9 @@ def other_routing(given):
         rows_used_besides,
         amax_used_besides,
         two_quantizers,
+        one_formula_of_two_widths,
+        scales_of_another_width,
+        widened_scales,
         sent_rows_used_besides,
         scales_of_other_rows,
         other_routing,

@@ -407,3 +407,18 @@ def test_all_passes_together():
     graph = blocks.passed(beside, rows(), torch.randn(16, 16), passes=PASSES)
     assert graph.rewrites["fuse_quant"] == graph.rewrites["overlap"] == 1
     assert count_ops(graph, "epops.all_to_all_start") == 1
+
+
+def test_no_rows_and_an_eps_without_a_reciprocal():
+    def arrived(eps):
+        def block(x):
+            got = epops.all_to_all(x, torch.tensor([len(x)]), group="ep", out_size=8).rows
+            scale = got.float().abs().amax(-1, keepdim=True).clamp(min=eps) / quantizers.TOP
+            return *bytes_of((got.float() * (1.0 / scale)).to(quantizers.FP8)), scale
+
+        return block
+
+    for eps in (1e-30, torch.finfo(torch.float32).tiny):
+        for tokens in (0, 5):
+            x = rows(tokens=8)[:tokens]
+            assert blocks.passed(arrived(eps), x, passes=[fuse_quant], exact=True).rewrites == {"fuse_quant": 1}

@@ -188,3 +188,46 @@ def test_torchs_own_with_parts_that_may_differ_stays_on_devices(even):
         dist.destroy_process_group()
     assert count_ops(module, "_c10d_functional.all_to_all_single") == int(not even)
     assert even or "padded to one size" in said[0].reason
+
+
+def own_tokens_in_blocks(rank):
+    """As many blocks as ranks on rank 0 alone, which no graph tells from blocks for the ranks."""
+    splits = [[1, 1], [1, 5]][rank]
+
+    def program(x):
+        y = torchs(x.view(-1, 4, 3).transpose(1, 2).contiguous(), splits, splits)
+        return y.view(-1, 3, 2, 2).permute(0, 2, 3, 1) * 1
+
+    return program, numbered(rank, (4, 12)[rank], 6)
+
+
+def refused_by_the_exchange(rank, size):
+    with epops.ExpertGroup(name="ep", timeout=20.0), torch.no_grad():
+        program, x = own_tokens_in_blocks(rank)
+        try:
+            capture(program, x, passes=[fuse_transpose], run=True)
+        except Exception as error:
+            return "disagrees on x, the sizes of its dims" in str(error)
+        return False
+
+
+def test_other_exchanges_of_as_many_bytes_are_an_error_and_no_numbers():
+    assert run_ranks(refused_by_the_exchange, 2) == [True, True]
+
+
+def known_here_symbolic_there(rank, size):
+    def program(x):
+        y = torchs(x.view(2, -1, 4, 3).transpose(2, 3).contiguous(), [1, 1], [1, 1])
+        return y.view(2, -1, 3, 2, 2).permute(0, 1, 3, 4, 2) * 1
+
+    with epops.ExpertGroup(name="ep", timeout=20.0), torch.no_grad():
+        x = numbered(rank, 6, 4, 3)
+        expected = program(x)
+        if rank == 1:
+            torch._dynamo.mark_dynamic(x, 0)
+        graphs, got = capture(program, x, passes=[fuse_transpose], run=True)
+        return torch.equal(got, expected), graphs[0].rewrites["fuse_transpose"]
+
+
+def test_tokens_known_on_one_rank_and_symbolic_on_another():
+    assert run_ranks(known_here_symbolic_there, 2) == [(True, 1), (True, 1)]

@@ -377,3 +377,36 @@ def two_ranks(rank, size):
 def test_numbers_on_two_ranks():
     """Ranks may come to different decisions here: one dim of the first rank is 1, which needs no transposing."""
     assert run_ranks(two_ranks, 2) == [[0, 0, 0], [1, 1, 1]]
+
+
+def scattered_to_the_first_tokens(given):
+    x = flat(given)
+    return back(given, routed(given, x.scatter(1, torch.zeros(2, 1, dtype=torch.long), 0.0)))
+
+
+def gathered_from_the_first_tokens(given):
+    x = flat(given)
+    return back(given, routed(given, x) + x.gather(1, torch.zeros(2, 1, dtype=torch.long)).sum(0))
+
+
+@pytest.mark.parametrize("block", [scattered_to_the_first_tokens, gathered_from_the_first_tokens])
+def test_numbers_for_the_first_tokens_alone(block):
+    assert blocks.passed(block, inputs(), passes=[fuse_transpose]).rewrites == {"fuse_transpose": 0}
+
+
+def test_slices_that_keep_every_token():
+    """Where there are more positions than sequences: the slice's end is of one of the two dims."""
+    batch, sequence = 2, 3
+    given = inputs(sequence=sequence, batch=batch)
+
+    def mean_of_all(given):
+        out = routed(given, flat(given)).view(batch, sequence, 16)
+        mean = out.detach().narrow(0, 0, batch).mean((0, 1))
+        return (out + mean).transpose(0, 1)
+
+    def cut_to_the_batch(given):
+        x = given["xs"].transpose(0, 1).narrow(0, 0, batch)
+        return routed(given, x.reshape(-1, 16)).view(batch, sequence, 16).transpose(0, 1)
+
+    for block in (mean_of_all, cut_to_the_batch):
+        assert blocks.same_numbers(block, given, [fuse_transpose], 1e-5)["fuse_transpose"]
