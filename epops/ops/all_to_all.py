@@ -11,7 +11,7 @@ from ..group import ExpertGroup
 from ..meta import all_to_all as fakes
 from ..meta.checks import fail
 from ..reference.all_to_all import cut, even_splits, join, read_plan, reverse_plan
-from ..transport import Call, Swap, sizes_word
+from ..transport import Swap, all_to_all_call
 from .arguments import common_arguments
 from .device_all_to_all import finish_on_device, prepare_on_device
 from .exchange import Blocks, Halves, check_group, settle, start, status_bits, wait, whole
@@ -210,8 +210,7 @@ def prepare(
     width = x.element_size()
     for size in rest:
         width *= size
-    settings = {"layout": scatter_dim * 16 + gather_dim, "capacity": sizes_word(rest), "lane": a["lane"]}
-    call = Call("all_to_all", row_bytes=width, **settings)
+    call = all_to_all_call(x.shape, scatter_dim, gather_dim, width, a["lane"])
     counts = torch.tensor([block.shape[0] for block in blocks])
     return Blocks(call, blocks, counts, status_bits(group, {}), None, [(size, mine) for size in ins]), (ins, outs)
 

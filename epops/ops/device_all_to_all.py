@@ -12,7 +12,7 @@ import torch
 from .. import layout as words
 from ..group import ExpertGroup
 from ..reference.all_to_all import read_plan, running
-from ..transport import Call, Swap, sizes_word
+from ..transport import Swap, all_to_all_call
 from .exchange import Blocks, settle, status_bits
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,9 +51,7 @@ def prepare_on_device(group: ExpertGroup, x: torch.Tensor, ins: Any, outs: Any, 
         blocks = blocks.movedim(dim, 2)
         blocks = torch.nn.functional.pad(blocks, (0, 0) * (blocks.dim() - 3) + (0, bound - blocks.shape[2]))
     flat = list(blocks.contiguous().view(group.size, -1).view(torch.uint8).unsqueeze(2).unbind(0))
-    rest = [size for dim, size in enumerate(x.shape) if dim not in (scatter_dim, gather_dim)]
-    settings = {"layout": scatter_dim * 16 + gather_dim, "capacity": sizes_word(rest), "lane": a["lane"]}
-    call = Call("all_to_all", row_bytes=flat[0].shape[0], **settings)
+    call = all_to_all_call(x.shape, scatter_dim, gather_dim, flat[0].shape[0], a["lane"])
     # One count a pair: the split along the ragged dim, and the contribution along the gathered one.
     counts = ins if same else ins * (1 << 31) + mine
     return Blocks(call, flat, counts, status_bits(group, {words.STATUS_OVERFLOW: missing})), (

@@ -177,16 +177,12 @@ def _read_pair(root: Node, terms: dict[Node, Term], rows: Node, scales: Node) ->
     if terms[rows].padded or not known_equal(source.numel(), shape[0] * shape[1]):
         raise Unknown("it sends rows that are longer than those that were quantized")
     found = recognize(terms[rows], shape[1])
-    alike = terms[scales].per == "block" and terms[scales].of_blocks_of(terms[rows])
-    for one in variants(found):
-        if alike and terms[scales].expr == one.scale:
-            return one
-    if (
-        alike
-        and found.scale_format == "float32_pow2"
-        and terms[scales].expr == ("to", found.scale, torch.float8_e8m0fnu)
-    ):
-        return found._replace(scale_format="ue8m0")
+    if terms[scales].per == "block" and terms[scales].of_blocks_of(terms[rows]):
+        for one in variants(found):
+            if terms[scales].expr == one.scale:
+                return one
+        if found.scale_format == "float32_pow2" and terms[scales].expr == ("to", found.scale, torch.float8_e8m0fnu):
+            return found._replace(scale_format="ue8m0")
     raise Unknown(f"{scales.name} is not the scale that {rows.name} was quantized by")
 
 

@@ -259,10 +259,8 @@ def _arithmetic(node: Node, known: list[Term | None]) -> Term | None:
         low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
         high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
         for word, bound in (("max", low), ("min", high)):
-            if bound is not None and not _keeps_shape(node.args[0], result):
-                return None
             if bound is not None:
-                first = _with_number(word, first, bound, result.dtype)
+                first = _with_number(word, first, bound, result.dtype) if _keeps_shape(node.args[0], result) else None
                 if first is None:
                     return None
         return first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -48,11 +48,6 @@ COMPARED = (
 OTHER_DIMS = "x, the sizes of its dims that are neither scattered nor gathered (as one number)"
 
 
-def sizes_word(sizes: Iterable[int]) -> int:
-    """Sizes that ranks must agree on, as one number to compare."""
-    return zlib.crc32(repr(tuple(int(size) for size in sizes)).encode())
-
-
 class Call(NamedTuple):
     """The settings of one exchange that ranks must agree on; 0 where an op has none."""
 
@@ -88,6 +83,13 @@ class Call(NamedTuple):
         )
 
 
+def all_to_all_call(shape: Sequence[int], scatter_dim: int, gather_dim: int, row_bytes: int, lane: int) -> Call:
+    """The settings of an all_to_all of a tensor of this shape; the sizes that are not exchanged are compared as one number."""
+    rest = tuple(int(size) for dim, size in enumerate(shape) if dim not in (scatter_dim, gather_dim))
+    layout, others = scatter_dim * 16 + gather_dim, zlib.crc32(repr(rest).encode())
+    return Call("all_to_all", row_bytes=row_bytes, layout=layout, capacity=others, lane=lane)
+
+
 def differences(mine: list[int], theirs: list[int]) -> str | None:
     """What a peer's header says differently, as "argument: expected …, got …", or None."""
     if theirs[0] != mine[0]:
@@ -97,8 +99,7 @@ def differences(mine: list[int], theirs: list[int]) -> str | None:
             expected, got = mine[word], theirs[word]
             if name == "op":
                 return f"op: expected {OPCODES[expected]} as here, got {_opcode(got)} there"
-            name = name if name != "capacity" else _word_name(name, _opcode(mine[2]))
-            return f"{name}: expected {expected} as here, got {got} there"
+            return f"{_word_name(name, _opcode(mine[2]))}: expected {expected} as here, got {got} there"
     if _opcode(mine[2]) not in WITH_SIZES and mine[14] != theirs[14]:
         expected, got = (struct.unpack("<d", struct.pack("<q", words[14]))[0] for words in (mine, theirs))
         return f"grad_scale: expected {expected:g} as here, got {got:g} there (is it grad_reduce of epops.parallelize?)"

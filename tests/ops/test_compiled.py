@@ -186,6 +186,21 @@ def test_keep_order_pins_exchanges_that_data_leaves_free(group: epops.ExpertGrou
     assert passes.reports[-1].rewrites["keep_order"] == 2
 
 
+def test_keep_order_pins_exchanges_of_different_groups(group: epops.ExpertGroup) -> None:
+    """Ranks that wait in different groups for one another would wait for ever."""
+
+    def by_turns(x: torch.Tensor) -> list[torch.Tensor]:
+        return [epops.all_to_all(x * n, group=name).rows for n, name in ((1, group), (2, other), (3, group))]
+
+    torch._dynamo.reset()
+    passes.reports.clear()
+    x = torch.ones(3, 16)
+    with epops.ExpertGroup(name="other", max_tokens=8, num_experts=4) as other:
+        got = torch.compile(by_turns, fullgraph=True, backend="epops", options={"force_disable_caches": True})(x)
+        assert all(map(torch.equal, got, by_turns(x)))
+    assert passes.reports[-1].rewrites["keep_order"] == 2
+
+
 def test_graphs_of_eight_ranks_are_captured_in_one_process() -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
