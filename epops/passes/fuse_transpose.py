@@ -17,6 +17,7 @@ from .graph_facts import (
     is_reshape,
     known_equal,
     nothing_written_between,
+    read_by_strides,
     reshapes_on_all_ranks,
     tensor,
 )
@@ -86,6 +87,9 @@ def _chain_after(exchange: Exchange) -> list[Node]:
     while len(node.users) == 1 and _moves_axes(next(iter(node.users))):
         node = next(iter(node.users))
         chain.append(node)
+    if chain and read_by_strides(exchange.result):
+        declined(RULE, exchange.node, "what arrives is read by strides, so it has to lie as it does")
+        return []
     return chain
 
 

@@ -167,6 +167,28 @@ def is_empty_pad(node: Node) -> bool:
     return node.target is aten.constant_pad_nd.default and all(known_equal(size, 0) for size in node.args[1])
 
 
+BY_STRIDES = (aten.as_strided.default, aten.as_strided_scatter.default)
+
+
+def read_by_strides(node: Node) -> bool:
+    """Whether the memory of a node, or of a view or copy of it, is read by the program's own strides: it has to lie as it does."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if user.target in BY_STRIDES:
+                return True
+            if user not in seen and (user.target in COPIES or is_view(user)):
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node's result has, or may have, the memory of an argument."""
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return node.target is operator.getitem or any(item.alias_info for item in returns)
+
+
 def is_cast(node: Any) -> bool:
     """Whether a node converts dtype and nothing else."""
     if not isinstance(node, Node) or node.op != "call_function" or node.target not in CASTS:

@@ -19,6 +19,7 @@ from .graph_facts import (
     is_whole_slice,
     known_equal,
     op_name,
+    read_by_strides,
     tensor,
     writes,
 )
@@ -121,6 +122,8 @@ def _exits(places: dict[Node, Place]) -> Exits:
             if where.parts is not None or where.kind in ("rows", "route"):
                 raise Stays(f"{user.name} uses {node.name}, which is in the order of the received rows")
             if where.kind == "tokens":
+                if read_by_strides(node):
+                    raise Stays(f"its tokens are transposed, and {node.name} is read by strides, where it lies")
                 (found.back if _order_back(user, where) is not None else found.others).append((node, user))
     return found
 

@@ -342,6 +342,16 @@ def reduced_in_between(x):
     return exchanged(x.permute(1, 0, 2).contiguous().relu()).relu().permute(1, 0, 2)
 
 
+def arrived_by_strides(x):
+    y = exchanged(x.permute(1, 0, 2).contiguous()).permute(1, 0, 2)
+    return torch.as_strided(y, y.shape, y.stride())
+
+
+def test_what_is_read_by_strides_lies_as_it_did():
+    graph = passed(arrived_by_strides, 3, 4, 5)
+    assert any("read by strides" in one.reason for one in graph.declined)
+
+
 def counts_used(x):
     sent = epops.all_to_all(x.permute(1, 0, 2).contiguous(), group="ep")
     return sent.rows.permute(1, 0, 2) * sent.counts[0]
