@@ -22,6 +22,7 @@ from .graph_facts import (
     nothing_written_between,
     op_name,
     prims,
+    read_by_strides,
     recomputed_alone,
     results,
     same_shape,
@@ -239,6 +240,8 @@ def _why_not_addition(combine: Node, out: Node, given: dict[str, Any], found: Su
         return "its start half was given the scale already"
     if not nothing_written_between(combine, found.node):
         return f"memory is written in place between it and {found.add.name}"
+    if read_by_strides(found.node):
+        return f"{found.node.name} is read by strides, so it has to lie as it does"
     if closure_after(combine, found.other) is None:
         return (
             f"{found.other.name} needs the combine, an exchange that comes after it, or random numbers in their order"
