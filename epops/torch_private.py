@@ -42,7 +42,12 @@ def preserve_node_ordering(graph: torch.fx.Graph, after: dict[torch.fx.Node, Any
 
 def is_joint(graph: torch.fx.Graph) -> bool:
     """Whether a graph is that of forward and backward together: it takes the gradients of its own results."""
-    return any(node.op == "placeholder" and "tangents" in str(node.target) for node in graph.nodes)
+    return any(map(is_tangent, graph.nodes))
+
+
+def is_tangent(node: torch.fx.Node) -> bool:
+    """Whether a node of a joint graph is the gradient of a result, one of its inputs."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
 
 
 def is_control_deps(node: torch.fx.Node) -> bool:

@@ -25,6 +25,7 @@ from .fuse_quant import fuse_quant
 from .fuse_transpose import fuse_transpose
 from .keep_order import keep_order
 from .ordering import pin
+from .output_strides import keep_output_strides, output_strides
 from .overlap import overlap
 from .skip_padding import skip_padding, skip_padding_everywhere
 
@@ -115,11 +116,14 @@ def joint_passes(passes: Iterable[Pass]) -> tuple[Pass, ...]:
 
 
 def run_joint_passes(graph: Graph, passes: tuple[Pass, ...]) -> dict[str, int]:
-    """Run those of ``passes`` that may see a joint graph over one; returns pass name → rewrites."""
+    """Run those of ``passes`` that may see a joint graph over one, whose results lie in memory as before; returns pass name →
+    rewrites."""
     done: dict[str, int] = {}
+    strides = output_strides(graph)
     for entry in joint_passes(passes):
         name = getattr(entry, "__name__", type(entry).__name__)
         done[name] = done.get(name, 0) + entry(graph)
+    keep_output_strides(graph, strides)
     graph.lint()
     return done
 

@@ -181,3 +181,29 @@ def test_a_pass_of_the_users_joins_by_an_attribute():
     mine.joint = True
     captured(residual, training(), passes=[mine])
     assert len(kinds) == 5
+
+
+def transposed_for_the_caller(given):
+    """Tokens, batch first, of which the caller gets a view that is sequence first."""
+    x = given["x"].view(-1, 2, blocks.HIDDEN).transpose(0, 1).reshape(-1, blocks.HIDDEN)
+    return blocks.routed({**given, "x": x}).view(2, -1, blocks.HIDDEN).transpose(0, 1)
+
+
+def transposed_residual(given):
+    return given["x"].t().contiguous().t() + blocks.routed(given)
+
+
+@pytest.mark.parametrize(
+    "block, dynamic", [(transposed_for_the_caller, None), (transposed_residual, None), (transposed_residual, True)]
+)
+def test_results_lie_in_memory_as_in_eager(block, dynamic):
+    given = training(tokens=8)
+    torch._dynamo.reset()
+    plain = block(given)
+    options = {"force_disable_caches": True}
+    got = torch.compile(block, fullgraph=True, backend="epops", dynamic=dynamic, options=options)(given)
+    done = next(report.rewrites for report in reversed(passes.reports) if report.joint)
+    assert done["fuse_transpose"] + done["fuse_add"] == 1
+    assert got.stride() == plain.stride() != got.contiguous().stride()
+    torch.testing.assert_close(got, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(result.sin().sum(), given["x"])[0] for result in (got, plain)))
