@@ -25,7 +25,7 @@ from .fuse_quant import fuse_quant
 from .fuse_transpose import fuse_transpose
 from .keep_order import keep_order
 from .ordering import pin
-from .output_strides import keep_output_strides, output_strides
+from .output_strides import keep_output_strides, layout_of
 from .overlap import overlap
 from .skip_padding import skip_padding, skip_padding_everywhere
 
@@ -119,11 +119,11 @@ def run_joint_passes(graph: Graph, passes: tuple[Pass, ...]) -> dict[str, int]:
     """Run those of ``passes`` that may see a joint graph over one, whose results lie in memory as before; returns pass name →
     rewrites."""
     done: dict[str, int] = {}
-    strides = output_strides(graph)
+    before = layout_of(graph)
     for entry in joint_passes(passes):
         name = getattr(entry, "__name__", type(entry).__name__)
         done[name] = done.get(name, 0) + entry(graph)
-    keep_output_strides(graph, strides)
+    keep_output_strides(graph, before)
     graph.lint()
     return done
 
