@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -199,6 +202,32 @@ def test_keep_order_pins_exchanges_of_different_groups(group: epops.ExpertGroup)
         got = torch.compile(by_turns, fullgraph=True, backend="epops", options={"force_disable_caches": True})(x)
         assert all(map(torch.equal, got, by_turns(x)))
     assert passes.reports[-1].rewrites["keep_order"] == 2
+
+
+def beside_collectives(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """An exchange before, between and after collectives of torch.distributed, one of them in place in the compiled code."""
+    idx, weights = torch.zeros(x.shape[0], 1, dtype=torch.int64), torch.ones(x.shape[0], 1)
+    whole = collectives.all_gather_tensor(weight, 0, dist.group.WORLD)
+    one = epops.dispatch(x, idx, weights, group="ep").rows
+    total = collectives.all_reduce(x.sum(0), "sum", dist.group.WORLD)
+    two = epops.dispatch(x * 2, idx, weights, group="ep").rows
+    return one, two, torch.relu(x @ whole).sum() + total
+
+
+def two_ranks_of_different_batches(rank: int, size: int) -> list[str]:
+    torch._dynamo.reset()
+    x, weight = torch.ones([5, 400][rank], 64), torch.ones(32, 64)
+    with epops.ExpertGroup(name="ep", max_tokens=400, num_experts=4), torch.no_grad():
+        compiled = torch.compile(beside_collectives, fullgraph=True, backend="epops", dynamic=False)
+        got, (code, *_) = run_and_get_code(compiled, x, weight)
+        assert all(map(torch.allclose, got, beside_collectives(x, weight)))
+    return re.findall(r"ops\.(?:epops|_c10d_functional)\.(all_\w+?|dispatch)_?\.default\(", code)
+
+
+def test_keep_order_pins_collectives_of_torch_beside_exchanges() -> None:
+    """Inductor orders by sizes, so that ranks would come to different orders, and wait in different groups."""
+    order = ["all_gather_into_tensor", "dispatch", "all_reduce", "dispatch"]
+    assert run_ranks(two_ranks_of_different_batches, 2) == [order, order]
 
 
 def test_graphs_of_eight_ranks_are_captured_in_one_process() -> None:
