@@ -86,6 +86,7 @@ struct Outbox {
       const uint32_t missing = ~__ballot_sync(~0u, ready);
       const int count = missing == 0 ? 32 : __ffs(missing) - 1;
       if (count == 0) continue;
+      __syncwarp();         // a lane may tell of what another one saw
       fence_acq_rel_sys();  // [D] acquires, too
       tell(next, count);
       if (lane < count) atomicExch(&done[item % kOutbox], 0u);

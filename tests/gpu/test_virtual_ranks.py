@@ -104,8 +104,8 @@ def run_pair(
     for _ in range(repeat):
         answers = ranks.run(back)
         for rank in range(shape.num_ranks):
-            assert same_bits(answers[rank][0], outs[rank]), f"combine, {shape} rank {rank} seed {seed}"
             assert int(answers[rank][2][0]) == 0, f"status {answers[rank][2].tolist()}, {shape} rank {rank}"
+            assert same_bits(answers[rank][0], outs[rank]), f"combine, {shape} rank {rank} seed {seed}"
     return got, answers, want
 
 
