@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -33,11 +34,9 @@ def epops_backend(
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    settings: dict[str, Any] = dict(list_mode_options(mode) if mode else {})
-    settings.update(options or {})
+    chosen, share, settings = read_options(options)
+    settings = {**(list_mode_options(mode) if mode else {}), **settings}
     compiling.watch()
-    chosen = passes.choose(settings.pop("passes", None))
-    share = settings.pop("share_compile", True)
     earlier = settings.get("post_grad_custom_pre_pass", config.post_grad_custom_pre_pass)
     settings["post_grad_custom_pre_pass"] = passes.PassRunner(chosen, earlier)
     earlier = settings.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
@@ -51,6 +50,27 @@ def epops_backend(
 
     result = _in_turn(groups[0], model, inputs, compiled) if groups and share else compiled()
     return _watch(result, [group for group in groups if not group.transport.host_counts])
+
+
+def read_options(options: dict[str, Any] | None) -> tuple[tuple[passes.Pass, ...], bool, dict[str, Any]]:
+    """What ``options`` say: the passes, whether ranks share a compile, and settings of Inductor."""
+    from torch._inductor import config
+
+    if not isinstance(options, (dict, type(None))):
+        raise ValueError(
+            f"epops backend: options: expected a dict such as {{'passes': ['fuse_add']}}, got {type(options).__name__}"
+        )
+    settings = dict(options or {})
+    chosen = passes.choose(settings.pop("passes", None))
+    share = settings.pop("share_compile", True)
+    for name in settings:
+        try:
+            functools.reduce(getattr, str(name).split("."), config)
+        except AttributeError:
+            raise ValueError(
+                f"epops backend: options: expected 'passes', 'share_compile' or names of torch._inductor.config, got {name!r}"
+            ) from None
+    return chosen, share, settings
 
 
 def _groups(model: torch.fx.GraphModule) -> list[ExpertGroup]:

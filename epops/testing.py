@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .inspection.capture import Pass, PassedGraph, capture, run_backward
-from .inspection.text import graph_lines, graph_text
+from .inspection.capture import Pass, PassedGraph, capture
+from .inspection.report import Inspection, declined, headings
+from .inspection.text import graph_lines, graph_near, graph_text
 
 
 def captured(
@@ -28,9 +29,7 @@ def captured(
     When a result needs gradients these are the joint graph, the forward and the backward that it is divided into; ``kind`` says
     which is which.
     """
-    graphs, result = capture(model, *args, passes=passes, dynamic=dynamic, **kwargs)
-    run_backward(model, result, args, kwargs)
-    return graphs
+    return capture(model, *args, passes=passes, dynamic=dynamic, **kwargs)[0]
 
 
 def normalized_graph(graph: Any, *, ops: tuple[str, ...] | None = None) -> str:
@@ -40,11 +39,17 @@ def normalized_graph(graph: Any, *, ops: tuple[str, ...] | None = None) -> str:
     """
     if isinstance(graph, PassedGraph):
         graph = graph.after
+    if isinstance(graph, (list, tuple, Inspection)):
+        raise TypeError(
+            f"epops.testing.normalized_graph: graph: expected one graph, got {type(graph).__name__}; choose one of them, such as "
+            "captured(…)[0]"
+        )
     return graph_text(graph, ops=ops)
 
 
 def count_ops(graphs: Any, op: str) -> int:
-    """Calls of ``op`` ("epops.combine", "mm") in a graph or in all graphs of `captured` that run, after the passes."""
+    """Calls of ``op`` ("epops.combine", "mm") in a graph, or in all that run of `captured` or `epops.inspect`, after the passes."""
+    graphs = getattr(graphs, "graphs", graphs)
     if isinstance(graphs, (list, tuple)) and not isinstance(graphs, PassedGraph):
         return sum(count_ops(graph, op) for graph in graphs if getattr(graph, "kind", "") != "joint")
     if isinstance(graphs, PassedGraph):
@@ -55,8 +60,10 @@ def count_ops(graphs: Any, op: str) -> int:
 def assert_fused(graphs: Any, **expected: int) -> None:
     """Each named pass made so many rewrites in all graphs together: ``assert_fused(graphs, fuse_add=2)``.
 
+    ``graphs``: those of `captured`, some of them, or what `epops.inspect` returns.
+
     Raises:
-        AssertionError: with the counts, and what the pass declined and why.
+        AssertionError: with the counts, what the pass declined and why, and what stands around the exchanges that it found.
     """
     graphs = [graphs] if isinstance(graphs, PassedGraph) else list(getattr(graphs, "graphs", graphs))
     for name, count in expected.items():
@@ -67,6 +74,12 @@ def assert_fused(graphs: Any, **expected: int) -> None:
             )
         got = sum(graph.rewrites.get(name, 0) for graph in graphs)
         if got != count:
-            reasons = [f"  {graph.kind}: {entry}" for graph in graphs for entry in graph.declined if entry.rule == name]
-            said = "\n".join(reasons) or "  it declined nothing"
-            raise AssertionError(f"epops.testing.assert_fused: {name}: expected {count} rewrites, got {got}\n{said}")
+            reasons = [
+                f"  {graph.kind}: {entry}" for graph in graphs for entry in declined(graph) if entry.rule == name
+            ]
+            lines = [f"epops.testing.assert_fused: {name}: expected {count} rewrites, got {got}"]
+            lines += reasons or ["  it declined nothing"]
+            for graph in (graph for graph in graphs if name in graph.rewrites):
+                near = graph_near(graph.before, "epops.")
+                lines.append(f"\n{graph.kind} graph, {headings(graph)[0]}, what is around its exchanges:\n{near}")
+            raise AssertionError("\n".join(lines))

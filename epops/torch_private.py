@@ -127,14 +127,16 @@ def graphs_backend(seen: Any, *, run: bool) -> Any:
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
+    def apply(custom: Any, graph: torch.fx.Graph) -> None:
+        for entry in custom if isinstance(custom, (list, tuple)) else () if custom is None else (custom,):
+            entry(graph)
+
     class Joint(CustomGraphPass):
         def __init__(self, earlier: Any) -> None:
             self.earlier = earlier
 
         def __call__(self, graph: torch.fx.Graph) -> None:
-            if self.earlier is not None:
-                for entry in self.earlier if isinstance(self.earlier, (list, tuple)) else (self.earlier,):
-                    entry(graph)
+            apply(self.earlier, graph)
             if is_joint(graph):
                 seen(graph.owning_module, "joint")
 
@@ -149,6 +151,7 @@ def graphs_backend(seen: Any, *, run: bool) -> Any:
         module.graph.eliminate_dead_code()
         if inference and config.reorder_for_locality:
             post_grad.reorder_for_locality(module.graph)
+        apply(config.post_grad_custom_pre_pass, module.graph)
         seen(module, "inference" if inference else "backward" if settings.get("is_backward", False) else "forward")
         module.recompile()
         outputs = next(iter(reversed(module.graph.nodes))).args[0]

@@ -9,12 +9,12 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from ..group import process_groups
-from ..passes import joint_passes
+from ..passes import joint_passes, run_pass
 from ..passes import process_groups as torch_groups
 from ..passes.decline_log import Declined, listen
 from ..passes.keep_order import keep_order
 from ..passes.ordering import pin
-from ..torch_private import graphs_backend
+from ..torch_private import eager_backward_compile, graphs_backend
 
 Pass = Callable[[Graph], int]
 
@@ -45,8 +45,7 @@ def capture(
     """The graphs of ``model(*args, **kwargs)`` so far, and its result.
 
     ``passes``: those of the backend unless given.  ``run``: graphs run node by node, and the result is the model's; otherwise
-    nothing runs, no exchange takes place and the result is zeros.  Where it needs gradients, the backward graph joins the list
-    when the caller runs backward.
+    nothing runs, no exchange takes place and the result is zeros.
     """
     chosen = list(all_passes() if passes is None else passes)
     graphs: list[PassedGraph] = []
@@ -55,21 +54,18 @@ def capture(
         graphs.append(apply_passes(module, chosen, kind))
 
     torch_groups.known = process_groups
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # What this calls is traced, even if it was compiled before: it would run by itself as the outermost.
+        return model(*args, **kwargs)
+
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=graphs_backend(seen, run=run), dynamic=dynamic)
-    return graphs, compiled(*args, **kwargs)
-
-
-def run_backward(model: Any, result: Any, args: Any, kwargs: Any) -> None:
-    """Run backward over a captured result that needs gradients, so that its graph joins the list; parameters get none."""
-    flat = torch.utils._pytree.tree_leaves((result,))
-    wanted = [item for item in flat if isinstance(item, torch.Tensor) and item.requires_grad]
-    given = torch.utils._pytree.tree_leaves((args, kwargs))
-    leaves = [item for item in given if isinstance(item, torch.Tensor) and item.requires_grad]
-    if isinstance(model, torch.nn.Module):
-        leaves += [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if wanted and leaves:
-        torch.autograd.grad(wanted, leaves, [torch.zeros_like(item) for item in wanted], allow_unused=True)
+    compiled = torch.compile(call, backend=graphs_backend(seen, run=run), dynamic=dynamic)
+    try:
+        with eager_backward_compile():
+            return graphs, compiled(*args, **kwargs)
+    finally:
+        torch._dynamo.reset()  # the sizes of this call would make the next compile's dynamic
 
 
 def all_passes() -> tuple[Pass, ...]:
@@ -88,9 +84,7 @@ def apply_passes(module: GraphModule, passes: Iterable[Pass], kind: str) -> Pass
     ordered = joint_passes(passes) if joint else sorted(passes, key=lambda one: one is keep_order)
     with listen() as declined:
         for one in ordered:
-            name = getattr(one, "__name__", type(one).__name__)
-            rewrites[name] = rewrites.get(name, 0) + one(module.graph)
-            module.graph.lint()
+            run_pass(one, module.graph, rewrites)
         if not joint:
             pin(module.graph)
             module.graph.lint()

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..passes import choose
-from .capture import PassedGraph, capture, run_backward
+from ..backend import read_options
+from ..passes.decline_log import Declined
+from .capture import PassedGraph, capture
 from .text import graph_text, names_of
 from .wire import overlaps, wire_bytes
 
@@ -29,10 +30,10 @@ class Inspection:
 
     def summary(self) -> str:
         """What happened, without the graphs."""
-        return "\n\n".join("\n".join(summary_lines(graph)) for graph in self.graphs)
+        return "\n\n".join([*pieces(self.graphs), *("\n".join(summary_lines(graph)) for graph in self.graphs)])
 
     def __str__(self) -> str:
-        parts = []
+        parts = pieces(self.graphs)
         for graph in self.graphs:
             parts.append("\n".join(summary_lines(graph)))
             before, after = headings(graph)
@@ -61,21 +62,37 @@ def inspect(
 ) -> Inspection:
     """What ``torch.compile(model, backend="epops")`` does with ``model(*args, **kwargs)``.
 
-    Nothing runs: no code is generated, no exchange takes place, so that one rank alone may ask.  Where a result needs gradients
+    Nothing of a graph runs: no code is generated, no exchange takes place, so that one rank alone may ask; what stands between the
+    graphs of a model that breaks does run, on zeros.  What `torch.compile` made before in this process is forgotten, and is made
+    anew when it is called.  Where a result needs gradients
     there are three graphs: the joint graph, as the program wrote it and as the passes over it left it, and the forward and the
     backward graph that it is then divided into, which so begin with its rewrites in them (`headings` says so).
 
     Args:
         model: a module or function; its expert group is open.
-        options: ``{"passes": …}`` as for the backend.
+        options: as for the backend: ``{"passes": …}``, and settings of Inductor.
         dynamic: as for ``torch.compile``.
 
     Raises: what compiling the model raises.
     """
-    passes = choose((options or {}).get("passes"))
-    graphs, result = capture(model, *args, passes=passes, dynamic=dynamic, **kwargs)
-    run_backward(model, result, args, kwargs)
+    from torch._inductor import config
+
+    passes, _, settings = read_options(options)
+    with config.patch(settings):
+        graphs, _ = capture(model, *args, passes=passes, dynamic=dynamic, **kwargs)
     return Inspection(graphs)
+
+
+def pieces(graphs: list[PassedGraph]) -> list[str]:
+    """What there is to say of how many graphs a model became, if it is not one."""
+    count = sum(graph.kind in ("joint", "inference") for graph in graphs)
+    if count == 0:
+        return ["no graph was compiled: nothing in the call is work that torch.compile traces"]
+    if count > 1:
+        return [
+            f"{count} graphs: torch.compile breaks the model between them; with fullgraph=True it says where and why"
+        ]
+    return []
 
 
 def headings(graph: PassedGraph) -> tuple[str, str]:
@@ -102,12 +119,17 @@ def summary_lines(graph: PassedGraph) -> list[str]:
     for one in overlaps(graph.after.graph):
         beside = ", ".join(names[node] for node in one.beside) or "no product"
         lines.append(f"  {names[one.start]} runs beside {beside}")
-    earlier = {node.name: name for node, name in names_of(graph.before).items()}
-    lines += [
-        f"  {entry._replace(node=earlier.get(entry.node, entry.node), reason=renamed(entry.reason, earlier))}"
+    return [*lines, *(f"  {entry}" for entry in declined(graph))]
+
+
+def declined(graph: PassedGraph) -> list[Declined]:
+    """What the passes left alone in one graph, in the names of its text; what a pass made is named as in the graph after."""
+    names = {node.name: f"{name} (after)" for node, name in names_of(graph.after).items()}
+    names |= {node.name: name for node, name in names_of(graph.before).items()}
+    return [
+        entry._replace(node=names.get(entry.node, entry.node), reason=renamed(entry.reason, names))
         for entry in graph.declined
     ]
-    return lines
 
 
 def renamed(reason: str, names: dict[str, str]) -> str:

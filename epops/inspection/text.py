@@ -76,6 +76,24 @@ def graph_text(graph: Any, *, ops: tuple[str, ...] | None = None) -> str:
     return "\n".join(_shorten(line, names) for line in kept)
 
 
+def graph_near(graph: Any, op: str) -> str:
+    """The lines whose op starts with a word, those of what they read, and of what reads them."""
+    lines = graph_lines(graph)
+    every = {line.name for line in lines}
+    reads = {line.name: {_call_of(name, every) for name in line.inputs} for line in lines}
+    found = {line.name for line in lines if line.op.startswith(op)}
+    near = found.union(*(reads[name] for name in found))
+    return "\n".join(line.text for line in lines if line.name in near or reads[line.name] & found)
+
+
+def _call_of(name: str, known: set[str]) -> str:
+    """The call that ``%dispatch.rows`` or ``%topk[0]`` is a result of."""
+    name = name.partition("[")[0]
+    while name not in known and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
 def graph_lines(graph: Any) -> list[Line]:
     """The nodes of a graph in order; ``getitem`` of a call is part of the name of what it takes."""
     naming = _Naming()

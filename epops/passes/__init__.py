@@ -7,8 +7,8 @@ order asks for it with `ordering.run_after`; the orders are written into the gra
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +23,7 @@ from . import process_groups
 from .fuse_add import fuse_add
 from .fuse_quant import fuse_quant
 from .fuse_transpose import fuse_transpose
+from .identity import identity
 from .keep_order import keep_order
 from .ordering import pin
 from .output_strides import keep_output_strides, layout_of
@@ -54,16 +55,24 @@ reports: deque[Report] = deque(maxlen=256)
 """The newest runs in this process; a graph that came out of a compile cache leaves none."""
 
 
-def choose(selected: Iterable[str | Pass] | None) -> tuple[Pass, ...]:
+def choose(selected: str | Pass | list[str | Pass] | tuple[str | Pass, ...] | None) -> tuple[Pass, ...]:
     """The passes for ``options={"passes": …}``: names of `PASSES` and `ON_REQUEST`, or functions of the user's, in the order given.
 
     None: all of `PASSES`.  `keep_order` is added when it is missing: without it ranks could exchange in different orders.
     """
     if selected is None:
         return PASSES
+    if isinstance(selected, str) or callable(selected):
+        selected = [selected]
+    if not isinstance(selected, (list, tuple)):
+        # A set has another order on every rank, and a generator nothing left for a second graph.
+        raise ValueError(
+            f"epops backend: options['passes']: expected a list or tuple of names and functions, in their order, got "
+            f"{type(selected).__name__}; write [*epops.PASSES, …]"
+        )
     known = {entry.__name__: entry for entry in (*PASSES, *ON_REQUEST)}
     chosen: list[Pass] = []
-    for entry in [selected] if isinstance(selected, str) or callable(selected) else list(selected):
+    for entry in selected:
         if isinstance(entry, str):
             if entry not in known:
                 raise ValueError(
@@ -96,9 +105,10 @@ class PassRunner(CustomGraphPass):
 
     def uuid(self) -> Any:
         before = tuple(entry.uuid() if hasattr(entry, "uuid") else None for entry in self.earlier)
-        if None in before:
+        ours = _sources(self.passes)
+        if ours is None or None in before:
             return None
-        return (_sources(self.passes), before, tuple(sorted(process_groups.known().items())))
+        return (ours, before, tuple(sorted(process_groups.known().items())))
 
 
 class JointRunner(PassRunner):
@@ -121,8 +131,7 @@ def run_joint_passes(graph: Graph, passes: tuple[Pass, ...]) -> dict[str, int]:
     done: dict[str, int] = {}
     before = layout_of(graph)
     for entry in joint_passes(passes):
-        name = getattr(entry, "__name__", type(entry).__name__)
-        done[name] = done.get(name, 0) + entry(graph)
+        run_pass(entry, graph, done)
     keep_output_strides(graph, before)
     graph.lint()
     return done
@@ -133,13 +142,42 @@ def run_passes(graph: Graph, passes: tuple[Pass, ...]) -> dict[str, int]:
     done: dict[str, int] = {}
     for entry in passes:
         if entry is not keep_order:
-            name = getattr(entry, "__name__", type(entry).__name__)
-            done[name] = done.get(name, 0) + entry(graph)
+            run_pass(entry, graph, done)
     # Last in effect, whatever its place: it pins what the other passes left.
-    done["keep_order"] = keep_order(graph)
+    run_pass(keep_order, graph, done)
     pin(graph)
     graph.lint()
     return done
+
+
+def run_pass(entry: Pass, graph: Graph, done: dict[str, int]) -> None:
+    """Run one pass over ``graph``, and add its rewrites to ``done`` under its name."""
+    name = name_of(entry)
+    try:
+        count = entry(graph)
+    except Exception as error:
+        raise RuntimeError(f"epops backend: pass {name}: raised {type(error).__name__}: {error}") from error
+    if not isinstance(count, int):
+        raise TypeError(
+            f"epops backend: pass {name}: expected the number of its rewrites, an int, got {type(count).__name__}; "
+            "return 0 where it left the graph alone"
+        )
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise RuntimeError(f"epops backend: pass {name}: expected a graph that holds together, got: {error}") from error
+    done[name] = done.get(name, 0) + count
+
+
+def name_of(entry: Any) -> str:
+    """What reports call a pass: a function's name, that of the function in a partial, or the class of an object.
+
+    >>> name_of(fuse_add), name_of(functools.partial(fuse_add))
+    ('fuse_add', 'fuse_add')
+    """
+    while isinstance(entry, functools.partial):
+        entry = entry.func
+    return getattr(entry, "__name__", type(entry).__name__)
 
 
 def _package() -> bytes:
@@ -156,18 +194,15 @@ _PACKAGE = _package()
 """Hash of the code that this process runs: read once, for a file may change under it."""
 
 
-def _sources(passes: tuple[Pass, ...]) -> bytes:
-    """Hash of all that decides what the passes do: this package's sources, and those of the user's passes."""
+def _sources(passes: tuple[Pass, ...]) -> bytes | None:
+    """Hash of all that decides what the passes do: this package's sources, and the `identity` of each pass; None where one has
+    none."""
     digest = hashlib.sha256(_PACKAGE)
     for entry in passes:
-        digest.update(
-            f"{getattr(entry, '__module__', '')}.{getattr(entry, '__qualname__', type(entry).__qualname__)}".encode()
-        )
-        try:
-            digest.update(inspect.getsource(inspect.getmodule(entry) or entry).encode())
-        except (OSError, TypeError):
-            code = getattr(entry, "__code__", None)
-            digest.update(repr((code.co_code, code.co_consts) if code else entry).encode())
+        text = identity(entry)
+        if text is None:
+            return None
+        digest.update(text.encode())
     return digest.digest()
 
 
@@ -183,6 +218,7 @@ __all__ = [
     "joint_passes",
     "keep_order",
     "reports",
+    "run_pass",
     "run_joint_passes",
     "run_passes",
 ]

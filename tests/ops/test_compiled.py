@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import epops
 from epops import passes
+from epops.passes.identity import identity
 from epops.passes.keep_order import exchange_name
 from tests.ranks import run_ranks
 
@@ -159,6 +164,105 @@ def test_compile_cache_hits_and_knows_the_passes(group: epops.ExpertGroup, tmp_p
         assert compiled_once(passes=[custom])["fxgraph_cache_miss"] == 1, "other passes, another entry"
 
 
+def adding(number: int) -> Any:
+    return lambda graph: number * 0
+
+
+class Adds:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(self, graph: torch.fx.Graph) -> int:
+        return self.number * 0
+
+
+def with_default(graph: torch.fx.Graph, number: int = 0) -> int:
+    return number * 0
+
+
+def written_by_hand(source: str) -> Any:
+    space: dict[str, Any] = {"__name__": "by_hand"}
+    exec(source, space)
+    return space["mine"]
+
+
+BY_HAND = "def helper(graph): return graph.{}\ndef mine(graph): return helper(graph) and 0"
+
+
+def test_a_pass_made_with_other_values_is_another_pass() -> None:
+    pairs = [
+        (adding(3), adding(3), adding(4)),
+        (Adds(3), Adds(3), Adds(4)),
+        (Adds(3).__call__, Adds(3).__call__, Adds(4).__call__),
+        (functools.partial(with_default, number=3), functools.partial(with_default, number=3), with_default),
+        (Adds({1, 2}), Adds({2, 1}), Adds({1, 3})),  # type: ignore[arg-type]
+        (Adds([[1], 2]), Adds([[1], 2]), Adds([[1, 2]])),  # type: ignore[arg-type]
+        (*(written_by_hand(BY_HAND.format(name)) for name in ("nodes", "nodes", "owning_module")),),
+    ]
+    for one, same, other in pairs:
+        assert identity(one) == identity(same) != identity(other), one
+    for unknown in (functools.partial(with_default, number=object()), Adds(torch.ones(3))):  # type: ignore[arg-type]
+        assert identity(unknown) is None and passes.PassRunner((unknown,)).uuid() is None, "nothing is cached"
+    joint = functools.partial(with_default)
+    joint.joint = True  # type: ignore[attr-defined]
+    assert identity(joint) != identity(functools.partial(with_default)), "it runs over other graphs"
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from my_pass import mine
+from epops import passes
+torch.compile(lambda x: x.sin() * 2, backend="epops", options={"passes": [mine]})(torch.ones(3))
+counters = torch._dynamo.utils.counters["inductor"]
+print(counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"], [report.rewrites.get("mine") for report in passes.reports])
+"""
+
+
+@pytest.mark.slow
+def test_a_changed_pass_runs_in_the_next_process(tmp_path: Any) -> None:
+    def compiled(**files: str) -> str:
+        for name, text in files.items():
+            (tmp_path / f"{name}.py").write_text(text)
+        space = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+        space["PYTHONPATH"] = str(Path(epops.__file__).parent.parent)
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+        done = subprocess.run(command, env=space, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.strip()
+
+    mine = "from my_helper import count\ndef mine(graph): return count(graph)\n"
+    assert compiled(my_pass=mine, my_helper="def count(graph): return 1\n") == "0 1 [1]"
+    assert compiled() == "1 0 []"
+    assert compiled(my_pass=mine.replace("(graph)\n", "(graph) + 1\n")) == "0 1 [2]"
+    assert compiled(my_helper="def count(graph): return 5\n") == "0 1 [6]"
+
+
+def test_a_bad_pass_is_named(group: epops.ExpertGroup) -> None:
+    def raises(graph: torch.fx.Graph) -> int:
+        raise KeyError("mine")
+
+    def nothing(graph: torch.fx.Graph) -> None:
+        pass
+
+    def breaks(graph: torch.fx.Graph) -> int:
+        first = next(node for node in graph.nodes if node.op == "placeholder")
+        next(reversed(graph.nodes)).prepend(first)
+        return 1
+
+    said = {
+        raises: "epops backend: pass raises: raised KeyError: 'mine'",
+        nothing: "epops backend: pass nothing: expected the number of its rewrites, an int, got NoneType",
+        breaks: "epops backend: pass breaks: expected a graph that holds together, got: ",
+    }
+    for entry, message in said.items():
+        options = {"passes": [entry]}
+        with pytest.raises(Exception, match=message), torch.no_grad():
+            torch.compile(Layer(group), backend="epops", options=options)(torch.ones(3, 16))
+        with pytest.raises(Exception, match=message), torch.no_grad():
+            epops.inspect(Layer(group), torch.ones(3, 16), options=options)
+
+
 def test_passes_are_chosen_by_name_or_given() -> None:
     def custom(graph: torch.fx.Graph) -> int:
         return 0
@@ -170,6 +274,9 @@ def test_passes_are_chosen_by_name_or_given() -> None:
         passes.choose(["fuse_everything"])
     with pytest.raises(ValueError, match="expected names or functions"):
         passes.choose([3])  # type: ignore[list-item]
+    for unordered in ({"fuse_add"}, (name for name in ["fuse_add"]), 3):
+        with pytest.raises(ValueError, match="expected a list or tuple .* in their order, got"):
+            passes.choose(unordered)  # type: ignore[arg-type]
 
 
 def independent(x: torch.Tensor, group: epops.ExpertGroup) -> torch.Tensor:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 import shutil
 import subprocess
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -150,6 +153,109 @@ def test_nothing_runs(ep):
     assert before is None or ep.sequence == before
 
 
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        given = blocks.inputs()
+        self.experts, self.shared = (torch.nn.Parameter(given[name]) for name in ("experts", "shared"))
+        self.register_buffer("calls", torch.tensor(5.0))
+
+    def forward(self, x, idx, weights):
+        self.calls += 1
+        return block({"x": x, "idx": idx, "weights": weights, "experts": self.experts, "shared": self.shared})
+
+
+class Result(NamedTuple):
+    out: object
+
+
+@dataclasses.dataclass
+class Held:
+    out: object
+
+
+def test_every_callable_shows_its_backward_graph_and_none_runs():
+    """A module, what closes over one, what was compiled before or in place, what returns an object of the user's."""
+    model, in_place, by_forward = Block(), Block(), Block()
+    in_place.compile(backend="epops")
+    by_forward.forward = torch.compile(by_forward.forward, backend="epops")
+    given = [blocks.inputs()[name] for name in ("x", "idx", "weights")]
+    text = str(epops.inspect(model, *given))
+    programs = [
+        model.forward, torch.compile(model, backend="epops"), in_place, by_forward, functools.partial(model),
+        lambda *args: model(*args), lambda *args: in_place(*args),
+    ]  # fmt: skip
+    for program in programs:
+        assert str(epops.inspect(program, *given)) == text
+    for returned in (Result, Held):
+        shown = epops.inspect(lambda *args, returned=returned: returned(model(*args)), *given)
+        assert [graph.kind for graph in shown.graphs] == ["joint", "forward", "backward"]
+    for one in (model, in_place, by_forward):
+        assert one.calls == 5 and all(parameter.grad is None for parameter in one.parameters())
+
+
+def test_a_compile_that_follows_knows_nothing_of_the_sizes_inspected():
+    seen = []
+
+    def backend(module, inputs):
+        seen.extend(type(size) for item in inputs if isinstance(item, torch.Tensor) for size in item.shape)
+        return module.forward
+
+    def program(x):
+        return x * 2
+
+    epops.inspect(program, torch.ones(5, 3))
+    torch.compile(program, backend=backend)(torch.ones(7, 3))
+    assert seen == [int, int], "static, as a first compile is"
+
+
+def test_a_model_that_breaks_and_one_without_work_say_so():
+    def broken(given):
+        out = block(given)
+        torch._dynamo.graph_break()
+        return block({**given, "x": out})
+
+    shown = epops.inspect(broken, training())
+    assert [graph.kind for graph in shown.graphs] == ["joint", "forward", "backward"] * 2
+    assert shown.summary().startswith("2 graphs: torch.compile breaks the model between them")
+    nothing = epops.inspect(lambda x: x, torch.ones(3))
+    assert str(nothing) == nothing.summary() and "no graph was compiled" in str(nothing)
+
+
+def test_what_is_declined_has_names_of_the_text():
+    """The second sum is declined for a node that the first rewrite made: it has a name in the graph after only."""
+
+    def summed_and_used(given):
+        once = given["x"][None] + blocks.routed(given)[None]
+        return once + once.sin()
+
+    (joint, *_) = epops.inspect(summed_and_used, training()).graphs
+    said = "  fuse_add left %combine alone: %reshape (after) has 3 users, and only one of them is %add.1"
+    assert said in summary_lines(joint)
+
+
+def test_options_are_the_backends():
+    from torch._inductor import config
+
+    kept = config.max_autotune
+    with torch.no_grad():
+        shown = epops.inspect(block, blocks.inputs(), options={"passes": ["fuse_add"], "max_autotune": True})
+        assert shown.rewrites == {"fuse_add": 1, "keep_order": 0} and config.max_autotune == kept
+        with pytest.raises(ValueError, match="expected 'passes', 'share_compile' or names of .* got 'pases'"):
+            epops.inspect(block, blocks.inputs(), options={"pases": ["fuse_add"]})
+        with pytest.raises(ValueError, match="options: expected a dict such as .* got str"):
+            epops.inspect(block, blocks.inputs(), options="fuse_add")
+
+
+def test_a_pass_that_was_set_in_inductor_runs_first_as_in_the_backend():
+    from torch._inductor import config
+
+    seen = []
+    with torch.no_grad(), config.patch(post_grad_custom_pre_pass=lambda graph: seen.append("earlier")):
+        epops.inspect(block, blocks.inputs(), options={"passes": [lambda graph: seen.append("ours") or 0]})
+    assert seen == ["earlier", "ours"]
+
+
 def test_options_choose_the_passes():
     with torch.no_grad():
         shown = epops.inspect(block, blocks.inputs(), options={"passes": ["fuse_add"]})
@@ -182,8 +288,15 @@ def test_assert_fused_says_what_was_declined():
     with torch.no_grad():
         graphs = captured(lambda given: blocks.routed(given) + given["x"][0], blocks.inputs(), passes=[fuse_add])
     assert_fused(graphs, fuse_add=0)
-    with pytest.raises(AssertionError, match="fuse_add: expected 1 rewrites, got 0\n.*broadcasts"):
+    with pytest.raises(
+        AssertionError, match="fuse_add: expected 1 rewrites, got 0\n.*%combine alone: %add broadcasts"
+    ) as said:
         assert_fused(graphs, fuse_add=1)
+    shown = str(said.value).splitlines()
+    assert "inference graph, before, what is around its exchanges:" in shown
+    assert shown[-1] == "%add: f32[5, 16] = add(%combine.out, %select)", (
+        "the sum that was not folded, by the reason's names"
+    )
     with pytest.raises(AssertionError, match="no pass 'fuse_everything' ran"):
         assert_fused(graphs, fuse_everything=1)
 
@@ -197,6 +310,9 @@ def test_symbols_and_names_are_normalized():
     assert "bf16" not in text and re.findall(r"\bs\d+\b", text)[0] == "s0" and "primals" not in text
     with torch.no_grad():
         assert count_ops(captured(block, given, passes=[]), "epops.combine") == 1
+        assert count_ops(epops.inspect(block, given), "epops.combine") == 1
+        with pytest.raises(TypeError, match="normalized_graph: graph: expected one graph, got list"):
+            normalized_graph(captured(block, given))
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------------
