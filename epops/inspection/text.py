@@ -171,10 +171,17 @@ class _Naming:
     def _size(self, size: Any) -> str:
         if isinstance(size, int):
             return str(size)
-        return re.sub(r"\b[a-z]+\d+\b", self._symbol, str(size))
-
-    def _symbol(self, match: re.Match[str]) -> str:
-        return self.symbols.setdefault(match.group(), f"s{len(self.symbols)}")
+        expression = size.node.expr
+        symbols = {str(symbol): symbol for symbol in expression.free_symbols}
+        for word in re.findall(r"\w+", str(expression)):
+            if word in symbols:
+                self.symbols.setdefault(word, f"s{len(self.symbols)}")
+        # Renamed in the expression and not in its text: the text is ordered by their names.
+        return str(
+            expression.xreplace(
+                {one: type(one)(self.symbols[name], **one.assumptions0) for name, one in symbols.items()}
+            )
+        )
 
     def _fresh(self, node: Node, base: str) -> str:
         number = self.counts.get(base, 0)

@@ -8,6 +8,7 @@ import functools
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ from expecttest import TestCase
 import epops
 from epops.inspection.page import for_script, page
 from epops.inspection.report import summary_lines
+from epops.inspection.text import _Naming
 from epops.inspection.wire import overlaps, wire_bytes
 from epops.passes.fuse_add import fuse_add
 from epops.passes.fuse_quant import fuse_quant
@@ -313,6 +315,24 @@ def test_symbols_and_names_are_normalized():
         assert count_ops(epops.inspect(block, given), "epops.combine") == 1
         with pytest.raises(TypeError, match="normalized_graph: graph: expected one graph, got list"):
             normalized_graph(captured(block, given))
+
+
+def test_a_size_is_written_the_same_whatever_torch_calls_its_symbols():
+    import sympy
+
+    class Size:
+        def __init__(self, expr):
+            self.node = SimpleNamespace(expr=expr)
+
+        def __str__(self):
+            return str(self.node.expr)
+
+    texts = set()
+    for names in (("s5", "s77"), ("s77", "s5"), ("s1", "s0"), ("u0", "s3")):
+        naming = _Naming()
+        a, b = (sympy.Symbol(name, integer=True, positive=True) for name in names)
+        texts.add(tuple(naming._size(Size(expr)) for expr in (a, b, a * b + 16 * b + 34, sympy.Min(2, b) * a)))
+    assert texts == {("s0", "s1", "s0*s1 + 16*s1 + 34", "s0*Min(2, s1)")}
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------------
