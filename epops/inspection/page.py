@@ -56,6 +56,7 @@ def _side(module: Any, other: dict[str, str]) -> list[dict[str, Any]]:
         nodes.append(
             {
                 "name": line.name,
+                "twin": line.name if node is None else node.name,
                 "op": line.op,
                 "shape": line.shape,
                 "text": line.text,

@@ -80,6 +80,37 @@ function short(text, length) {
   return text.length > length ? text.slice(0, length - 1) + "\\u2026" : text;
 }
 
+function isShown(node) {
+  return document.getElementById("all").checked || node.marked || node.kind === "exchange" || node.kind === "product";
+}
+
+// A row for each shown node of both sides: nodes that both have are level with each other, as far as their order allows.
+function level(before, after) {
+  const place = new Map(before.map((node, index) => [node.twin, index]));
+  const pairs = after.flatMap((node, index) => place.has(node.twin) ? [{ one: place.get(node.twin), other: index, size: 1 }] : []);
+  let best = null;
+  pairs.forEach((pair, index) => {  // the longest run of pairs in one order on both sides
+    for (let i = 0; i < index; i++) {
+      if (pairs[i].one < pair.one && pairs[i].size >= pair.size) Object.assign(pair, { size: pairs[i].size + 1, last: pairs[i] });
+    }
+    if (!best || pair.size > best.size) best = pair;
+  });
+  const run = [];
+  for (let pair = best; pair; pair = pair.last) run.unshift(pair);
+  const rows = [[], []];
+  let row = 0, from = [0, 0];
+  for (const pair of [...run, { one: before.length, other: after.length }]) {
+    const to = [pair.one, pair.other], gap = Math.max(to[0] - from[0], to[1] - from[1]);
+    rows.forEach((side, which) => {
+      for (let index = from[which]; index < to[which]; index++) side.push(row + index - from[which]);
+      side.push(row + gap);
+    });
+    row += gap + 1;
+    from = [to[0] + 1, to[1] + 1];
+  }
+  return rows.map((side, which) => side.slice(0, [before, after][which].length));
+}
+
 // Edges go from a shown node to the nearest shown nodes that it is computed from.
 function shownInputs(nodes, shown) {
   const byName = new Map(nodes.map(node => [node.name, node])), memo = new Map();
@@ -92,14 +123,22 @@ function shownInputs(nodes, shown) {
     memo.set(name, found);
     return found;
   }
-  return node => [...new Set(node.inputs.flatMap(nearest))];
+  const sources = new Map();  // of a shown node: all shown nodes before it
+  return node => {
+    const near = [...new Set(node.inputs.flatMap(nearest))];
+    if (shown.size === nodes.length) return near;
+    sources.set(node.name, new Set(near.flatMap(name => [name, ...(sources.get(name) || [])])));
+    // Through nodes that are not shown, only what no other edge leads to: not every layer's way along the residual.
+    return near.filter(name => node.inputs.includes(name) || !near.some(other => sources.get(other)?.has(name)));
+  };
 }
 
-function draw(holder, nodes, all) {
-  const kept = nodes.filter(node => all || node.marked || node.kind === "exchange" || node.kind === "product");
-  const shown = new Map(kept.map((node, index) => [node.name, index]));
+function draw(holder, nodes, kept, rows) {
+  const byName = new Map(kept.map(node => [node.name, node]));
+  const shown = new Map(kept.map((node, index) => [node.name, rows[index]]));
   const inputs = shownInputs(nodes, shown);
-  const svg = make("svg", { width: 700, height: kept.length * ROW + 20, role: "img", "aria-label": "graph" });
+  const last = rows.length ? rows[rows.length - 1] : -1;
+  const svg = make("svg", { width: 700, height: (last + 1) * ROW + 20, role: "img", "aria-label": "graph" });
   const under = make("g"), edges = make("g"), boxes = make("g");
   svg.append(under, edges, boxes);
   const middle = index => 10 + index * ROW + 12;
@@ -132,14 +171,15 @@ function draw(holder, nodes, all) {
         under.append(make("rect", { class: "flight", x: LANES.exchange + 20, y: top, width: 36, height: Math.max(y - top, 0) }));
       }
     }
-    for (const name of inputs(node)) edge(kept[shown.get(name)], node, "");
-    for (const name of node.after) if (shown.has(name)) edge(kept[shown.get(name)], node, "order");
+    for (const name of inputs(node)) edge(byName.get(name), node, "");
+    for (const name of node.after) if (shown.has(name)) edge(byName.get(name), node, "order");
     const box = make("g", { class: `node ${node.kind}${node.marked ? " marked" : ""}`, tabindex: 0,
                             transform: `translate(${left(node)},${y})` });
     box.dataset.name = node.name;
     box.append(make("rect", { width: WIDE, height: 24 }));
-    box.append(make("text", { x: 8, y: 16 }, short(node.name.replace(/^%/, ""), 26)));
-    box.append(make("text", { x: WIDE - 8, y: 16, "text-anchor": "end", class: "shape" }, short(node.shape, 16)));
+    const name = short(node.name.replace(/^%/, ""), 26), room = Math.floor((WIDE - 28 - 7.3 * name.length) / 6.7);
+    box.append(make("text", { x: 8, y: 16 }, name));
+    box.append(make("text", { x: WIDE - 8, y: 16, "text-anchor": "end", class: "shape" }, short(node.shape, room)));
     box.append(make("title", {}, node.text));
     const light = on => {
       for (const line of edges.children) {
@@ -157,7 +197,7 @@ function draw(holder, nodes, all) {
 }
 
 function show() {
-  const graph = data.graphs[current], all = document.getElementById("all").checked;
+  const graph = data.graphs[current];
   document.getElementById("facts").replaceChildren(...(graph ? graph.facts : ["no graph was compiled"]).map(fact => {
     const item = document.createElement("li");
     item.textContent = fact;
@@ -167,7 +207,9 @@ function show() {
   if (graph) ["before", "after"].forEach((side, index) => {
     document.getElementById(`${side}-heading`).textContent = graph.headings[index];
   });
-  for (const side of ["before", "after"]) draw(document.getElementById(side), graph ? graph[side] : [], all);
+  const sides = ["before", "after"].map(side => graph ? graph[side] : []), kept = sides.map(nodes => nodes.filter(isShown));
+  const rows = level(...kept);
+  ["before", "after"].forEach((side, index) => draw(document.getElementById(side), sides[index], kept[index], rows[index]));
   document.body.dataset.ready = "yes";
 }
 

@@ -366,6 +366,9 @@ def test_the_page_in_a_browser(tmp_path):
       say("divided", document.querySelector("h2#before-heading").textContent);
       say("before", boxes("before").length); say("after", boxes("after").length);
       say("marked", document.querySelectorAll("#after .marked").length);
+      const place = (side, name) => boxes(side).find(box => box.dataset.name === name).getAttribute("transform").split(",")[1];
+      say("level", ["%mm", "%combine"].every(name => place("before", name) === place("after", name)));
+      say("direct", document.querySelectorAll("#after path[data-from='%dispatch_wait'][data-to='%combine']").length);
       say("flights", document.querySelectorAll("#after .flight").length);
       const combine = boxes("after").find(box => box.dataset.name === "%combine");
       combine.dispatchEvent(new MouseEvent("mouseenter"));
@@ -386,9 +389,33 @@ def test_the_page_in_a_browser(tmp_path):
     )
     assert (seen["before"], seen["after"], seen["flights"]) == ("4", "5", "1")
     assert "%combine" in seen["joint"].split(), "the combine took its addend in the joint graph"
+    assert (seen["level"], seen["direct"]) == ("true", "1"), (
+        "twins side by side; what a node reads itself keeps its edge"
+    )
     assert int(seen["marked"]) >= 2 and int(seen["lit"]) >= 2 and int(seen["all"]) > 5
     assert seen["detail"].startswith("%combine: out f32[5, 16] = epops.combine(")
     assert "overlap 2" in seen["facts"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome here to look at the page with")
+def test_edges_of_a_residual_stream_are_few(tmp_path):
+    """Every product reads all earlier layers' results through the sums between them; the picture has the way from the last one."""
+
+    def layers(given):
+        x = given["x"]
+        for _ in range(4):
+            x = (x * 2 + blocks.routed({**given, "x": torch.relu(x.tanh() @ given["shared"])})).sin()
+            x = x.tanh() * 3 - x
+        return x
+
+    with torch.no_grad():
+        saved = epops.inspect(layers, blocks.inputs(), options={"passes": []}).save(tmp_path / "graph.html")
+    probe = """<script>
+      const to = name => [...document.querySelectorAll(`#after path[data-to='${name}']`)].map(path => path.dataset.from);
+      document.body.setAttribute("data-edges", ["%mm.1", "%mm.2", "%mm.3"].map(name => to(name).join("+")).join(" "));
+    </script></body>"""
+    saved.write_text(saved.read_text().replace("</body>", probe), encoding="utf-8")
+    assert look_at(saved, tmp_path)["edges"] == "%combine %combine.1 %combine.2"
 
 
 def look_at(path, folder):
