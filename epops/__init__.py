@@ -34,11 +34,13 @@ _LAZY = {
     "inspect": "epops.inspection",
     "quantize": "epops.quantizer",
     "nn": "epops.nn",
+    "passes": "epops.passes",
     "serving": "epops.serving",
+    "testing": "epops.testing",
 }
 """Names whose modules are imported on first use, so that ``import epops`` stays light."""
 
-_MODULES = ("backend", "nn", "serving")
+_MODULES = ("backend", "nn", "passes", "serving", "testing")
 """Of those, names that are modules themselves."""
 
 
@@ -94,12 +96,14 @@ __all__ = [
     "nn",
     "parallelize",
     "parallelize_optimizer",
+    "passes",
     "plan_all_to_all",
     "quantize",
     "quantize_experts",
     "register_adapter",
     "save_exchanges",
     "serving",
+    "testing",
 ]
 
 registration.install()

@@ -144,6 +144,12 @@ def test_torch_finds_the_backend_by_name() -> None:
     assert entry.load() is epops_backend
 
 
+@pytest.mark.parametrize("name", ["passes.PASSES", "testing.assert_fused", "backend.epops_backend", "inspect"])
+def test_what_docs_name_is_there_after_import_epops_alone(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import epops; epops.{name}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_command_line_starts() -> None:
     done = subprocess.run([sys.executable, "-m", "epops.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ PASSES: tuple[Pass, ...] = (keep_order, fuse_transpose, fuse_quant, fuse_add, ov
 """The passes that run, in their order; `keep_order` is always on, and runs again at the end, over what the others made."""
 
 ON_REQUEST: tuple[Pass, ...] = (skip_padding_everywhere,)
-"""Passes that run where they are asked for, last: ``options={"passes": [*epops.passes.PASSES, "skip_padding_everywhere"]}``."""
+"""Passes that run where they are asked for, last: ``options={"passes": [*epops.PASSES, "skip_padding_everywhere"]}``."""
 
 JOINT: tuple[Pass, ...] = (fuse_transpose, fuse_quant, fuse_add, skip_padding)
 """Passes that also run over the joint graph of forward and backward, before it is divided in two: what to keep for the
