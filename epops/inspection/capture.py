@@ -39,6 +39,7 @@ def capture(
     *args: Any,
     passes: Iterable[Pass] | None = None,
     dynamic: bool | None = None,
+    fullgraph: bool = False,
     run: bool = False,
     **kwargs: Any,
 ) -> tuple[list[PassedGraph], Any]:
@@ -60,7 +61,7 @@ def capture(
         return model(*args, **kwargs)
 
     torch._dynamo.reset()
-    compiled = torch.compile(call, backend=graphs_backend(seen, run=run), dynamic=dynamic)
+    compiled = torch.compile(call, backend=graphs_backend(seen, run=run), dynamic=dynamic, fullgraph=fullgraph)
     try:
         with eager_backward_compile():
             return graphs, compiled(*args, **kwargs)

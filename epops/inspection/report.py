@@ -58,6 +58,7 @@ def inspect(
     *args: Any,
     options: dict[str, Any] | None = None,
     dynamic: bool | None = None,
+    fullgraph: bool = False,
     **kwargs: Any,
 ) -> Inspection:
     """What ``torch.compile(model, backend="epops")`` does with ``model(*args, **kwargs)``.
@@ -71,7 +72,7 @@ def inspect(
     Args:
         model: a module or function; its expert group is open.
         options: as for the backend: ``{"passes": …}``, and settings of Inductor.
-        dynamic: as for ``torch.compile``.
+        dynamic, fullgraph: as for ``torch.compile``.
 
     Raises: what compiling the model raises.
     """
@@ -79,7 +80,7 @@ def inspect(
 
     passes, _, settings = read_options(options)
     with config.patch(settings):
-        graphs, _ = capture(model, *args, passes=passes, dynamic=dynamic, **kwargs)
+        graphs, _ = capture(model, *args, passes=passes, dynamic=dynamic, fullgraph=fullgraph, **kwargs)
     return Inspection(graphs)
 
 
@@ -87,7 +88,7 @@ def pieces(graphs: list[PassedGraph]) -> list[str]:
     """What there is to say of how many graphs a model became, if it is not one."""
     count = sum(graph.kind in ("joint", "inference") for graph in graphs)
     if count == 0:
-        return ["no graph was compiled: nothing in the call is work that torch.compile traces"]
+        return ["no graph was compiled, and the call ran as it is; with fullgraph=True torch.compile says why"]
     if count > 1:
         return [
             f"{count} graphs: torch.compile breaks the model between them; with fullgraph=True it says where and why"

@@ -222,6 +222,8 @@ def test_a_model_that_breaks_and_one_without_work_say_so():
     assert shown.summary().startswith("2 graphs: torch.compile breaks the model between them")
     nothing = epops.inspect(lambda x: x, torch.ones(3))
     assert str(nothing) == nothing.summary() and "no graph was compiled" in str(nothing)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        epops.inspect(broken, training(), fullgraph=True)
 
 
 def test_what_is_declined_has_names_of_the_text():
