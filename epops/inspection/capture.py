@@ -9,8 +9,8 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from ..group import process_groups
-from ..passes import joint_passes, run_pass
 from ..passes import process_groups as torch_groups
+from ..passes import run_joint_passes, run_pass
 from ..passes.decline_log import Declined, listen
 from ..passes.keep_order import keep_order
 from ..passes.ordering import pin
@@ -80,13 +80,12 @@ def apply_passes(module: GraphModule, passes: Iterable[Pass], kind: str) -> Pass
     """Run passes on a graph and record what each did; the graph is changed."""
     before = GraphModule(module, copy_graph(module.graph))
     rewrites: dict[str, int] = {}
-    # As the backend does: keep_order pins what the other passes left.
-    joint = kind == "joint"
-    ordered = joint_passes(passes) if joint else sorted(passes, key=lambda one: one is keep_order)
     with listen() as declined:
-        for one in ordered:
-            run_pass(one, module.graph, rewrites)
-        if not joint:
+        if kind == "joint":
+            rewrites = run_joint_passes(module.graph, tuple(passes))
+        else:
+            for one in sorted(passes, key=lambda one: one is keep_order):  # which pins what the others left
+                run_pass(one, module.graph, rewrites)
             pin(module.graph)
             module.graph.lint()
     return PassedGraph(kind, before, GraphModule(module, copy_graph(module.graph)), rewrites, declined)

@@ -66,6 +66,7 @@ SELECTED = [
     ),
     ("test_virtual_ranks.py", "quantizer and not (7168 or 16384 or 21504) or gradients and 19"),
     ("test_virtual_ranks.py", "one_expert or hostile or do_not_fit or outside or different_ways or never_comes"),
+    ("test_virtual_all_to_all.py", "any_number_of_ranks and not (8 or 16) or any_two_dims"),
 ]
 
 
