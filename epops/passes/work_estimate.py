@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .graph_facts import arguments, aten, known_equal, op_name, tensor
+from .graph_facts import CASTS, COPIES, PERMUTES, arguments, aten, is_reshape, known_equal, op_name, tensor
 
 FLOPS = 300e6
 """Floating-point operations of a product in a microsecond."""
@@ -88,12 +88,21 @@ def work_of(node: Node, tokens: Any, top_k: int, batch: int = MANY_TOKENS) -> fl
     if tokens is None:
         return 1.0
     growing = next((index for index, size in enumerate(sizes) if known_equal(size, tokens)), None)
-    if growing is None or (growing < left.dim() - 1 and known_equal(sizes[-1], tokens)):  # or tokens times tokens
+    squared = known_equal(sizes[-1], tokens) and not _is_given(node.args[places[1]])  # tokens times tokens
+    if growing is None or (growing < left.dim() - 1 and squared):
         return 0.0
     rest = [size for index, size in enumerate(sizes) if index != growing]
     if not all(isinstance(size, int) for size in rest):
         return 0.0
     return _product(batch, torch.Size(rest).numel(), torch.Size(rest).numel() * right.element_size())
+
+
+def _is_given(node: Any) -> bool:
+    """Whether a factor is an input of the program: weights are, and one that has as many columns as there are tokens here has not
+    on other ranks.  What a backward graph is given besides are results of its forward, which have other names."""
+    while node.target in (*PERMUTES, *COPIES, *CASTS) or is_reshape(node):
+        node = node.args[0]
+    return node.op == "get_attr" or (node.op == "placeholder" and str(node.target).startswith(("primals", "arg")))
 
 
 def _product(rows: int, each: int, weight_bytes: int) -> float:

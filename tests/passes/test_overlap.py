@@ -232,8 +232,8 @@ def test_nothing_moves_over_a_write():
 
 def test_estimates_ignore_the_tokens_of_a_rank():
     found = set()
-    for tokens in (2, 5, 8):
-        graph = blocks.passed(shared_expert_last, blocks.inputs(tokens=tokens), passes=ALL)
+    for tokens in (2, 5, 8):  # weights have 8 rows and columns, too
+        graph = blocks.passed(shared_expert_last, blocks.inputs(tokens=tokens, hidden=8), passes=ALL)
         products = [node for node in graph.before.graph.nodes if str(node.target) == "aten.mm.default"]
         found.add(
             (
