@@ -9,6 +9,7 @@ that it sees all of them.  Not ThreadSanitizer itself: it knows no fences, no co
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -183,6 +184,10 @@ def missing() -> str | None:
         return "g++"
     if headers() is None:
         return "the headers of CUDA (nvcc)"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "the headers of Python"
     return None
 
 
