@@ -15,6 +15,7 @@ from ..passes.decline_log import Declined, listen
 from ..passes.keep_order import keep_order
 from ..passes.ordering import pin
 from ..torch_private import eager_backward_compile, graphs_backend
+from .text import number_inputs
 
 Pass = Callable[[Graph], int]
 
@@ -78,6 +79,7 @@ def all_passes() -> tuple[Pass, ...]:
 
 def apply_passes(module: GraphModule, passes: Iterable[Pass], kind: str) -> PassedGraph:
     """Run passes on a graph and record what each did; the graph is changed."""
+    number_inputs(module.graph)
     before = GraphModule(module, copy_graph(module.graph))
     rewrites: dict[str, int] = {}
     with listen() as declined:

@@ -98,7 +98,7 @@ def graph_lines(graph: Any) -> list[Line]:
     """The nodes of a graph in order; ``getitem`` of a call is part of the name of what it takes."""
     naming = _Naming()
     lines = []
-    for node in graph_of(graph).nodes:
+    for node in _in_order(graph):
         line = naming.visit(node)
         if line is not None:
             lines.append(line)
@@ -108,9 +108,35 @@ def graph_lines(graph: Any) -> list[Line]:
 def names_of(graph: Any) -> dict[Node, str]:
     """Stable name of every node that computes something."""
     naming = _Naming()
-    for node in graph_of(graph).nodes:
+    for node in _in_order(graph):
         naming.visit(node)
     return naming.names
+
+
+INPUT_NUMBER = "epops_input"
+
+
+def number_inputs(graph: Graph) -> None:
+    """Number inputs in the order in which they are used, for their names now and in what passes make of the graph: in which
+    order a graph has them, differs between versions of torch."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if all(INPUT_NUMBER in node.meta for node in inputs):
+        return
+    last = (len(places), 0)
+    inputs.sort(
+        key=lambda node: min(((places[user], user.all_input_nodes.index(node)) for user in node.users), default=last)
+    )
+    for number, node in enumerate(inputs):
+        node.meta[INPUT_NUMBER] = number
+
+
+def _in_order(graph: Any) -> list[Node]:
+    """Nodes, inputs by their number first."""
+    nodes = list(graph_of(graph).nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    inputs.sort(key=lambda node: node.meta.get(INPUT_NUMBER, 0))
+    return [*inputs, *(node for node in nodes if node.op != "placeholder")]
 
 
 class _Naming:

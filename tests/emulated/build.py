@@ -146,7 +146,7 @@ def without_shared(text: str, name: str) -> str:
             made.append(f"auto& {variable} = emulated::shared<{kind}{sizes}, {seed}>();")
         return " ".join(made)
 
-    return re.sub(r"__shared__ (\w+) ([^;=]+);", references, text)
+    return re.sub(r"__shared__ (?:__align__\(\d+\) )?(\w+) ([^;=]+);", references, text)
 
 
 def without_words(text: str) -> str:

@@ -16,6 +16,7 @@
 #undef __device__
 #undef __host__
 #undef __global__
+#undef __shared__
 #undef __forceinline__
 #undef __launch_bounds__
 #undef __grid_constant__

@@ -247,7 +247,7 @@ def test_a_bad_pass_is_named(group: epops.ExpertGroup) -> None:
 
     def breaks(graph: torch.fx.Graph) -> int:
         first = next(node for node in graph.nodes if node.op == "placeholder")
-        next(reversed(graph.nodes)).prepend(first)
+        next(iter(reversed(graph.nodes))).prepend(first)
         return 1
 
     said = {

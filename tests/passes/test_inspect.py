@@ -77,28 +77,28 @@ inference graph
   overlap left %combine alone: no product beside it is independent of it
 
 before:
-  %input: i64[5, 2] = input
-  %input.1: f32[5, 16] = input
+  %input: f32[5, 16] = input
+  %input.1: i64[5, 2] = input
   %input.2: f32[5, 2] = input
   %input.3: f32[3, 16, 16] = input
   %input.4: f32[16, 16] = input
-  %dispatch: rows f32[16, 16], row_weights f32[16], expert_ends i32[3], route i32[59] = epops.dispatch(%input.1, %input, %input.2, group=ep, layout=expert)
+  %dispatch: rows f32[16, 16], row_weights f32[16], expert_ends i32[3], route i32[59] = epops.dispatch(%input, %input.1, %input.2, group=ep, layout=expert)
   %grouped_mm: f32[16, 16] = epops.grouped_mm(%dispatch.rows, %input.3, %dispatch.expert_ends)
   %combine: out f32[5, 16] = epops.combine(%grouped_mm, %dispatch.route, %dispatch.row_weights, group=ep, layout=expert, out_dtype=f32)
-  %mm: f32[5, 16] = mm(%input.1, %input.4)
+  %mm: f32[5, 16] = mm(%input, %input.4)
   %relu: f32[5, 16] = relu(%mm)
   %add: f32[5, 16] = add(%combine.out, %relu)
   return [%add]
 
 after:
-  %input: i64[5, 2] = input
-  %input.1: f32[5, 16] = input
+  %input: f32[5, 16] = input
+  %input.1: i64[5, 2] = input
   %input.2: f32[5, 2] = input
   %input.3: f32[3, 16, 16] = input
   %input.4: f32[16, 16] = input
-  %dispatch_start: i64[4] = epops.dispatch_start(%input.1, %input, %input.2, group=ep, layout=expert)
-  %mm: f32[5, 16] = mm(%input.1, %input.4) after %dispatch_start
-  %dispatch_wait: rows f32[16, 16], row_weights f32[16], expert_ends i32[3], route i32[59] = epops.dispatch_wait(%dispatch_start, %input.1, %input, %input.2, group=ep, layout=expert) after %mm
+  %dispatch_start: i64[4] = epops.dispatch_start(%input, %input.1, %input.2, group=ep, layout=expert)
+  %mm: f32[5, 16] = mm(%input, %input.4) after %dispatch_start
+  %dispatch_wait: rows f32[16, 16], row_weights f32[16], expert_ends i32[3], route i32[59] = epops.dispatch_wait(%dispatch_start, %input, %input.1, %input.2, group=ep, layout=expert) after %mm
   %grouped_mm: f32[16, 16] = epops.grouped_mm(%dispatch_wait.rows, %input.3, %dispatch_wait.expert_ends)
   %relu: f32[5, 16] = relu(%mm)
   %combine: out f32[5, 16] = epops.combine(%grouped_mm, %dispatch_wait.route, %dispatch_wait.row_weights, %relu, group=ep, layout=expert, out_dtype=f32)

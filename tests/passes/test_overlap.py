@@ -75,19 +75,19 @@ class Golden(TestCase):
             normalized_graph(graph.before),
             """\
 %input: f32[5, 16] = input
-%input.1: f32[16, 16] = input
-%input.2: f32[5, 2] = input
-%input.3: i64[5, 2] = input
-%input.4: f32[3, 16, 16] = input
+%input.1: f32[5, 2] = input
+%input.2: i64[5, 2] = input
+%input.3: f32[3, 16, 16] = input
+%input.4: f32[16, 16] = input
 %sum: f32[5, 1] = sum(%input, [-1], True)
 %sigmoid: f32[5, 1] = sigmoid(%sum)
-%mul: f32[5, 2] = mul(%input.2, %sigmoid)
-%dispatch: rows f32[16, 16], row_weights f32[16], expert_ends i32[3], route i32[59] = epops.dispatch(%input, %input.3, %mul, group=ep, layout=expert)
-%grouped_mm: f32[16, 16] = epops.grouped_mm(%dispatch.rows, %input.4, %dispatch.expert_ends)
+%mul: f32[5, 2] = mul(%input.1, %sigmoid)
+%dispatch: rows f32[16, 16], row_weights f32[16], expert_ends i32[3], route i32[59] = epops.dispatch(%input, %input.2, %mul, group=ep, layout=expert)
+%grouped_mm: f32[16, 16] = epops.grouped_mm(%dispatch.rows, %input.3, %dispatch.expert_ends)
 %combine: out f32[5, 16] = epops.combine(%grouped_mm, %dispatch.route, %dispatch.row_weights, group=ep, layout=expert, out_dtype=f32)
-%mm: f32[5, 16] = mm(%input, %input.1)
+%mm: f32[5, 16] = mm(%input, %input.4)
 %relu: f32[5, 16] = relu(%mm)
-%permute: f32[16, 16] = permute(%input.1, [1, 0])
+%permute: f32[16, 16] = permute(%input.4, [1, 0])
 %mm.1: f32[5, 16] = mm(%relu, %permute)
 %add: f32[5, 16] = add(%combine.out, %mm.1)
 return [%add]""",
@@ -96,20 +96,20 @@ return [%add]""",
             normalized_graph(graph),
             """\
 %input: f32[5, 16] = input
-%input.1: f32[16, 16] = input
-%input.2: f32[5, 2] = input
-%input.3: i64[5, 2] = input
-%input.4: f32[3, 16, 16] = input
+%input.1: f32[5, 2] = input
+%input.2: i64[5, 2] = input
+%input.3: f32[3, 16, 16] = input
+%input.4: f32[16, 16] = input
 %sum: f32[5, 1] = sum(%input, [-1], True)
 %sigmoid: f32[5, 1] = sigmoid(%sum)
-%mul: f32[5, 2] = mul(%input.2, %sigmoid)
-%dispatch_start: i64[4] = epops.dispatch_start(%input, %input.3, %mul, group=ep, layout=expert)
-%mm: f32[5, 16] = mm(%input, %input.1) after %dispatch_start
+%mul: f32[5, 2] = mul(%input.1, %sigmoid)
+%dispatch_start: i64[4] = epops.dispatch_start(%input, %input.2, %mul, group=ep, layout=expert)
+%mm: f32[5, 16] = mm(%input, %input.4) after %dispatch_start
 %relu: f32[5, 16] = relu(%mm)
-%permute: f32[16, 16] = permute(%input.1, [1, 0])
+%permute: f32[16, 16] = permute(%input.4, [1, 0])
 %mm.1: f32[5, 16] = mm(%relu, %permute)
-%dispatch_wait: rows f32[16, 16], row_weights f32[16], expert_ends i32[3], route i32[59] = epops.dispatch_wait(%dispatch_start, %input, %input.3, %mul, group=ep, layout=expert) after %mm.1
-%grouped_mm: f32[16, 16] = epops.grouped_mm(%dispatch_wait.rows, %input.4, %dispatch_wait.expert_ends)
+%dispatch_wait: rows f32[16, 16], row_weights f32[16], expert_ends i32[3], route i32[59] = epops.dispatch_wait(%dispatch_start, %input, %input.2, %mul, group=ep, layout=expert) after %mm.1
+%grouped_mm: f32[16, 16] = epops.grouped_mm(%dispatch_wait.rows, %input.3, %dispatch_wait.expert_ends)
 %combine: out f32[5, 16] = epops.combine(%grouped_mm, %dispatch_wait.route, %dispatch_wait.row_weights, %mm.1, group=ep, layout=expert, out_dtype=f32)
 return [%combine.out]""",
         )
