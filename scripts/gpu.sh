@@ -5,7 +5,8 @@
 #   ranks       one process a GPU: transport, graphs, timeouts, FSDP2 beside exchanges
 #   models      decoding in CUDA graphs, fp8 products, rows between grouped products, fused quantizers
 #   nccl        the c10d transport on nccl, against gloo
-#   sanitize    compute-sanitizer memcheck and racecheck over a small set of the virtual ranks
+#   sanitize    compute-sanitizer memcheck and racecheck over a small set of the virtual ranks, alone on the GPU; racecheck
+#               of 2025.3 (CUDA 13.0) is wrong about mbarriers: COMPUTE_SANITIZER=that of the wheel nvidia-cuda-sanitizer-api 13.5
 #   overlap     an MoE layer with and without the overlap pass
 #   bench       dispatch and combine; results go to $OUT or benchmarks/results
 #   exchange    all_to_all
@@ -46,7 +47,7 @@ for name in "$@"; do
     models) stage models 400 $PYTEST --timeout 120 tests/gpu/test_decode.py tests/gpu/test_scaled_grouped_mm.py tests/gpu/test_row_kernel.py tests/gpu/test_fuse_quant.py ${TESTS:+-k "$TESTS"} ;;
     sanitize)
       for tool in memcheck racecheck; do
-        stage "$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        stage "$tool" 200 "${COMPUTE_SANITIZER:-compute-sanitizer}" --tool "$tool" --error-exitcode 9 \
           $PYTEST -x --timeout 190 tests/gpu/test_virtual_ranks.py tests/gpu/test_virtual_all_to_all.py -k "${SANITIZE:-hostile or many_ops or (every_way and expert-2) or (by_streams and expert-2) or even_parts or room}"
       done ;;
     nccl) stage nccl 150 $PYTEST --timeout 100 tests/gpu/test_nccl.py ;;

@@ -49,6 +49,22 @@ __device__ __forceinline__ void await_parity(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// Whether it is over, by one look.
+__device__ __forceinline__ bool is_over(uint32_t barrier, uint32_t parity) {
+  uint32_t over;
+  asm volatile(
+      "{\n\t.reg .pred done;\n\tmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n\tselp.u32 %0, 1, 0, "
+      "done;\n\t}"
+      : "=r"(over)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return over != 0;
+}
+
+// Between loads of shared memory by this thread and bulk copies to the same place that another thread starts after an
+// arrival of this one.
+__device__ __forceinline__ void fence_before_refill() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ uint4 ld_shared_16(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -75,21 +75,32 @@ struct Producer {
   __device__ __forceinline__ float weight_of(int unit, int row) const {
     return p.row_weights != nullptr && row >= 0 ? words.weight[unit % kUnits][threadIdx.x % 32] : 1.f;
   }
-  // Rows of a token, those of the lanes in `valid`, in the order of lanes, each by its lane, as many at once as the
-  // ring has places; `last` goes with the last one.
+  // Rows of a token, those of the lanes in `valid`, in the order of lanes, each by its lane, as many at once as places
+  // are empty; `last` goes with the last one. Places are emptied in order: where one is empty, those before it are.
   __device__ __forceinline__ void put_rows(uint32_t valid, int row, float weight, uint32_t last, const void* where) {
     const uint32_t bit = 1u << threadIdx.x % 32;
 #pragma unroll 1
     while (valid != 0) {
       const int before = __popc(valid & (bit - 1));
-      const bool mine = (valid & bit) != 0 && before < p.stream_rows;
-      if (mine) {
-        Rows place = rows;
-        place.advance(before);
+      const bool has = (valid & bit) != 0 && before < p.stream_rows;
+      Rows place = rows;
+      if (has) place.advance(before);
+      await_parity(rows.head + kEmpty, rows.parity);
+      const uint32_t empty = __ballot_sync(~0u, has && is_over(place.head + kEmpty, place.parity));
+      const uint32_t put_now = valid & ~0u >> __clz(empty);
+      // It is over, and now each lane knows so of all of them. (What one lane of several saw at a barrier of its own is
+      // more than racecheck follows.)
+      Rows end = rows;
+      end.advance(__popc(put_now) - 1);
+      await_parity(end.head + kEmpty, end.parity);
+      // Nobody fills one while another lane waits for it: the phase after the next would look like this one.
+      __syncwarp();
+      if ((put_now & bit) != 0) {
         put_at(place, row_at(row), row_bytes, weight, (valid & -bit) == bit ? last : 0, where);
       }
-      const uint32_t put_now = __ballot_sync(~0u, mine);
-      rows.advance(__popc(put_now));
+      __syncwarp();
+      end.advance();
+      rows = end;
       valid &= ~put_now;
     }
   }
@@ -273,7 +284,6 @@ struct Consumer {
   // Rows of the ring until the producer says that there are no more.
   __device__ __forceinline__ void run(const CombineParams& p, Rows rows, int part, const Outbox& outbox) {
     const int channel = part * kSteps * 256 + threadIdx.x % 32 * 8;
-    const bool first_lane = threadIdx.x % 32 == 0;
     Raw8<T> own[kSteps];
     uint32_t at[kSteps];  // of this lane's channels in a row; where it has none, of the last ones
 #pragma unroll
@@ -289,8 +299,8 @@ struct Consumer {
       Raw8<T> raw[kSteps];
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) raw[i].w = ld_shared_16(rows.row + at[i]);
-      __syncwarp();
-      if (first_lane) arrive(rows.head + kEmpty);
+      fence_before_refill();
+      arrive(rows.head + kEmpty);
       rows.advance();
       const float weight = __uint_as_float(facts.x);
       const uint32_t command = facts.y;
@@ -342,7 +352,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_streams_kernel(con
 #pragma unroll 1
     for (uint32_t head = rows.first_head; head < rows.end_head; head += sizeof(Head)) {
       init_barrier(head, 1);
-      init_barrier(head + kEmpty, role.parts);
+      init_barrier(head + kEmpty, role.parts * 32);
     }
   }
   if (threadIdx.x < 32) trace(0);

@@ -65,10 +65,10 @@ struct Rows {
   }
 };
 
-// By one lane: the row at `place` of the ring will be `bytes` of `from`, or none where the command says kNoRow.
+// By one lane, which has waited for the place to be empty itself: the row at `place` of the ring will be `bytes` of
+// `from`, or none where the command says kNoRow.
 __device__ __forceinline__ void put_at(const Rows& place, const void* from, uint32_t bytes, float weight,
                                        uint32_t command, const void* where) {
-  await_parity(place.head + kEmpty, place.parity);
   const uint64_t to = reinterpret_cast<uint64_t>(where);
   st_shared_16(place.head + kFacts, make_uint4(__float_as_uint(weight), command, static_cast<uint32_t>(to),
                                                static_cast<uint32_t>(to >> 32)));
@@ -83,7 +83,10 @@ __device__ __forceinline__ void put_at(const Rows& place, const void* from, uint
 // By all lanes of the producer: one row.
 __device__ __forceinline__ void put(Rows& rows, const void* from, uint32_t bytes, float weight, uint32_t command,
                                     const void* where) {
-  if (threadIdx.x % 32 == 0) put_at(rows, from, bytes, weight, command, where);
+  if (threadIdx.x % 32 == 0) {
+    await_parity(rows.head + kEmpty, rows.parity);
+    put_at(rows, from, bytes, weight, command, where);
+  }
   __syncwarp();
   rows.advance();
 }

@@ -84,6 +84,9 @@ INSTRUCTIONS = {
     "{.reg .pred done;again:mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;@!done bra again;}": (
         "emulated::barrier_wait({0}, {1});"
     ),
+    "{.reg .pred done;mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;selp.u32 %0, 1, 0, done;}": (
+        "{0} = emulated::barrier_over({1}, {2});"
+    ),
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];": (
         "emulated::bulk_load({0}, {1}, {2}, {3});"
     ),
@@ -92,6 +95,7 @@ INSTRUCTIONS = {
     "cp.async.bulk.wait_group %0;": "emulated::bulk_wait({0}, false);",
     "cp.async.bulk.wait_group.read 0;": "emulated::bulk_wait(0, true);",
     "fence.proxy.async;": "emulated::fence_proxy();",
+    "fence.proxy.async.shared::cta;": "emulated::fence_proxy();",
 }
 SQUEEZED = {re.sub(r"\s", "", name): code for name, code in INSTRUCTIONS.items()}
 

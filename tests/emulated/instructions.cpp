@@ -131,16 +131,21 @@ void st_lines(void* address, uint4 v) {
 
 // ---- copies
 
+// The accesses of a copy of this thread's next group; `seen`: which stores it may read.
+static void accessed_by(Groups& group, void* to, const void* from, uint32_t bytes, const Clock& seen, uint64_t code) {
+  if (group.place < 0) group.place = new_place();
+  if (!m.checks) return;
+  Thread* t = m.now;
+  t->dirty = true;
+  const As who{static_cast<uint32_t>(group.place), group.committed + 1, code};
+  load_as(from, bytes, who, seen);
+  store_as(to, bytes, who, t->clocks.seen, t->clocks.known);
+}
+
 void async_copy(void* to, const void* from, int bytes) {
   Thread* t = m.now;
   Groups& g = t->async;
-  if (g.place < 0) g.place = new_place();
-  if (m.checks) {
-    t->dirty = true;
-    const As who{static_cast<uint32_t>(g.place), g.committed + 1, CODE};
-    load_as(from, bytes, who, t->clocks.seen);
-    store_as(to, bytes, who, t->clocks.seen, t->clocks.known);
-  }
+  accessed_by(g, to, from, bytes, t->clocks.seen, CODE);
   t->async_copies.push_back({to, from, static_cast<uint32_t>(bytes), 0, t, g.committed + 1, nullptr});
 }
 void async_commit() { ++m.now->async.committed; }
@@ -169,7 +174,11 @@ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) 
     t->dirty = true;
     const As who{static_cast<uint32_t>(b.place), b.phase + 1, CODE};
     load_as(from, bytes, who, t->clocks.proxied);
-    store_as(shared, bytes, who, t->clocks.seen, t->clocks.known);
+    // What threads did there has to be covered by a fence of the proxies, loads too; copies follow copies without one.
+    Clock seen = t->clocks.seen, known = t->clocks.known;
+    for (size_t thread = 0; thread < m.threads.size(); ++thread)
+      seen[thread] = known[thread] = t->clocks.proxied[thread];
+    store_as(shared, bytes, who, seen, known);
     tick(t);
   }
   m.copies.push_back({shared, from, bytes, barrier});
@@ -181,14 +190,8 @@ void bulk_store(uint64_t to, uint32_t from, uint32_t bytes) {
   void* place = reinterpret_cast<void*>(to);
   const void* shared = reinterpret_cast<const void*>(uint64_t{from});
   if (from % 16 != 0 || to % 16 != 0 || bytes % 16 != 0) fail("a bulk copy that is not of whole 16 bytes");
-  if (g.place < 0) g.place = new_place();
-  if (m.checks) {
-    t->dirty = true;
-    const As who{static_cast<uint32_t>(g.place), g.committed + 1, CODE};
-    load_as(shared, bytes, who, t->clocks.proxied);
-    store_as(place, bytes, who, t->clocks.seen, t->clocks.known);
-    tick(t);
-  }
+  accessed_by(g, place, shared, bytes, t->clocks.proxied, CODE);
+  if (m.checks) tick(t);
   ++g.under_way;
   m.copies.push_back({place, shared, bytes, 0, t, g.committed + 1, nullptr});
 }
@@ -244,6 +247,12 @@ void barrier_wait(uint32_t address, uint32_t parity) {
   if (!m.checks) return;
   t->clocks.join_all(b.over);
   t->dirty = true;
+}
+
+bool barrier_over(uint32_t address, uint32_t parity) {
+  if ((m.barriers.at(address).phase & 1) == parity) return false;
+  barrier_wait(address, parity);
+  return true;
 }
 
 }  // namespace emulated

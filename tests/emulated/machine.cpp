@@ -6,7 +6,8 @@
 // for. `known`: who is past what, which any word or collective tells, fence or not: a thread that has used what it
 // loaded may be overwritten. `proxied`: of what it has seen, what a bulk copy sees too, by a fence of the proxies. A
 // load or store needs earlier stores of others in `seen` (of a bulk copy's source: in `proxied`), a store needs earlier
-// loads in `known`. A word's load counts as acquiring: exchange.cuh says at [A] why it may.
+// loads in `known` (where a bulk copy fills shared memory: loads and stores of threads in `proxied`). A word's load
+// counts as acquiring: exchange.cuh says at [A] why it may.
 //
 // Copies that go on by themselves are performed at some later turn. What they write is seen by whoever waits for their
 // barrier or group: a barrier, and a thread for each kind of its groups, has a place in the clocks of its own.

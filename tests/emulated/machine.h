@@ -71,6 +71,7 @@ void bulk_wait(int pending, bool only_read);
 void barrier_init(uint32_t barrier, uint32_t count);
 void barrier_arrive(uint32_t barrier, uint32_t bytes);
 void barrier_wait(uint32_t barrier, uint32_t parity);
+bool barrier_over(uint32_t barrier, uint32_t parity);  // a wait that gives up at once
 
 void wait_for_earlier();
 void launch_dependents();
