@@ -2,14 +2,14 @@
 # Everything that a machine with GPUs is for, in one command: `scripts/gpu.sh STAGE …`, from the repository's root.
 #   build       the extension, in place
 #   virtual     many ranks on one GPU, against the reference
-#   ranks       one process a GPU: transport, graphs, timeouts, FSDP2 beside exchanges
+#   ranks       one process a GPU: transport, graphs, timeouts, FSDP2 beside exchanges (EPOPS_TESTS_SHARE_GPU=1: all on one GPU)
 #   models      decoding in CUDA graphs, fp8 products, rows between grouped products, fused quantizers
 #   nccl        the c10d transport on nccl, against gloo
 #   sanitize    compute-sanitizer memcheck and racecheck over a small set of the virtual ranks, alone on the GPU; racecheck
 #               of 2025.3 (CUDA 13.0) is wrong about mbarriers: COMPUTE_SANITIZER=that of the wheel nvidia-cuda-sanitizer-api 13.5
 #   overlap     an MoE layer with and without the overlap pass
 #   bench       dispatch and combine; results go to $OUT or benchmarks/results
-#   one_gpu     combine with all ranks on one GPU
+#   one_gpu     dispatch and combine with all ranks on one GPU
 #   exchange    all_to_all
 #   vdev        torch's exchanges with splits on the device, in processes of their own
 #   mla         latent attention: the example, and both cores at decode
@@ -54,7 +54,7 @@ for name in "$@"; do
     nccl) stage nccl 150 $PYTEST --timeout 100 tests/gpu/test_nccl.py ;;
     overlap) stage overlap 200 torchrun --nproc-per-node "$gpus" benchmarks/bench_overlap.py --out "$results" ;;
     bench) stage bench 300 torchrun --nproc-per-node "$gpus" benchmarks/bench_dispatch_combine.py --out "$results" ${BENCH:-} ;;
-    one_gpu) stage one_gpu 60 python3 benchmarks/bench_one_gpu.py ;;
+    one_gpu) stage one_gpu 120 python3 benchmarks/bench_one_gpu.py ;;
     exchange) stage exchange 120 torchrun --nproc-per-node "$gpus" benchmarks/bench_all_to_all.py --device cuda --runs 5 --out "$results/all_to_all.json" ;;
     vdev)
       [ -f "$results/all_to_all.json" ] || cp benchmarks/results/all_to_all.json "$results/"

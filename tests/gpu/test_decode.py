@@ -52,7 +52,7 @@ def graph_trees(rank, whole):
         counters = torch._dynamo.utils.counters
         assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
         assert not counters["inductor"]["cudagraph_skips"]
-        assert torch._inductor.cudagraph_trees.get_container(rank).tree_manager is not None
+        assert torch._inductor.cudagraph_trees.get_container(torch.cuda.current_device()).tree_manager is not None
 
 
 def whole_steps(rank, whole):

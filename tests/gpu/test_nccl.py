@@ -14,18 +14,19 @@ import torch.multiprocessing as mp
 import epops
 from tests import inputs
 
+from .devices import need_gpus, take_gpu
+
 pytestmark = pytest.mark.gpu
 
 
 def run_on_gpus(fn: Any, size: int) -> None:
-    if torch.cuda.device_count() < size:
-        pytest.skip(f"needs {size} CUDA devices")
+    need_gpus(size)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(enter, args=(size, folder, fn), nprocs=size)
 
 
 def enter(rank: int, size: int, folder: str, fn: Any) -> None:
-    torch.cuda.set_device(rank)
+    take_gpu(rank, size)
     store = dist.FileStore(os.path.join(folder, "store"), size)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=size)
     try:
