@@ -85,14 +85,13 @@ struct Producer {
       const bool has = (valid & bit) != 0 && before < p.stream_rows;
       Rows place = rows;
       if (has) place.advance(before);
-      await_parity(rows.head + kEmpty, rows.parity);
-      const uint32_t empty = __ballot_sync(~0u, has && is_over(place.head + kEmpty, place.parity));
-      const uint32_t put_now = valid & ~0u >> __clz(empty);
-      // It is over, and now each lane knows so of all of them. (What one lane of several saw at a barrier of its own is
-      // more than racecheck follows.)
+      const uint32_t empty = __ballot_sync(~0u, has && is_over(place.empty(), place.parity));
+      const uint32_t put_now = empty != 0 ? valid & ~0u >> __clz(empty) : valid & -valid;
+      // The last of these is empty, or none is: now each lane knows so of all of them. (What one lane of several saw at
+      // a barrier of its own is more than racecheck follows.)
       Rows end = rows;
       end.advance(__popc(put_now) - 1);
-      await_parity(end.head + kEmpty, end.parity);
+      await_parity(end.empty(), end.parity);
       // Nobody fills one while another lane waits for it: the phase after the next would look like this one.
       __syncwarp();
       if ((put_now & bit) != 0) {
@@ -292,6 +291,7 @@ struct Consumer {
       at[i] = min(channel + i * 256, p.hidden - 8) * 2;
     }
     clear();
+    uint32_t last = rows.last();
 #pragma unroll 1
     for (;;) {
       await_parity(rows.head, rows.parity);
@@ -299,25 +299,31 @@ struct Consumer {
       Raw8<T> raw[kSteps];
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) raw[i].w = ld_shared_16(rows.row + at[i]);
-      fence_before_refill();
-      arrive(rows.head + kEmpty);
-      rows.advance();
+      if (rows.head == last) {  // of a group, which is empty now
+        fence_before_refill();
+        arrive(last + kEmpty);
+        rows.advance();
+        last = rows.last();
+      } else {
+        rows.step();
+      }
       const float weight = __uint_as_float(facts.x);
       const uint32_t command = facts.y;
       if (command == 0) {  // the usual
         add(raw, weight);
         continue;
       }
-      if ((command & kStop) != 0) return;
-      if ((command & kAddend) != 0) scale(p.out_scale);
-      if ((command & kNoRow) == 0) add(raw, weight);
       const uint64_t where = facts.z | static_cast<uint64_t>(facts.w) << 32;
       if ((command & kAnswerEnd) != 0) {
+        if ((command & kNoRow) == 0) add(raw, weight);
         store(p, where, channel);
         outbox.finish(static_cast<int>(command >> 8));
         clear();
         continue;
       }
+      if ((command & kStop) != 0) return;
+      if ((command & kAddend) != 0) scale(p.out_scale);
+      if ((command & kNoRow) == 0) add(raw, weight);
       if ((command & kOwnEnd) != 0) {
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) own[i].set(sums[i]);
@@ -352,7 +358,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_streams_kernel(con
 #pragma unroll 1
     for (uint32_t head = rows.first_head; head < rows.end_head; head += sizeof(Head)) {
       init_barrier(head, 1);
-      init_barrier(head + kEmpty, role.parts * 32);
+      init_barrier(head + kEmpty, role.parts * 32);  // of which the last one of a group is used
     }
   }
   if (threadIdx.x < 32) trace(0);

@@ -22,7 +22,7 @@ enum Command : uint32_t {
 
 // Beside each row of a ring.
 struct alignas(32) Head {
-  uint64_t full, empty;  // barriers
+  uint64_t full, empty;  // barriers; `empty` of the last place of a group says that the places of the group are
   uint4 facts;           // weight that the row is multiplied by, command, address that kAnswerEnd or kOut store to
 };
 
@@ -40,18 +40,34 @@ __device__ __forceinline__ int team_bytes(const CombineParams& p) {
 }
 
 // A team's ring as one warp sees it: where the next row and its head lie in shared memory. Rows of all teams come
-// first, then their heads, then words.
+// first, then their heads, then words. Consumers give places back in groups: a fence and an arrival of every lane for
+// every row are 7 % of a sender's time. Groups of a short ring are smaller, so that enough places are left for rows on
+// their way. A producer that waits for a group has asked for all rows that were there before, so that it is emptied.
 struct Rows {
   uint32_t first_row, first_head, end_head;
   uint32_t row, head;  // addresses in shared memory
   uint32_t room, ring, parity;
+  uint32_t rest_of_group;  // bytes of heads between the first and the last of a group
 
   __device__ __forceinline__ Rows(const CombineParams& p, const void* memory, int team, uint32_t parity)
       : room(row_room(p)), ring(p.stream_rows * room), parity(parity) {
+    rest_of_group = ((p.stream_rows >= 12 ? 4 : p.stream_rows >= 8 ? 2 : 1) - 1) * static_cast<uint32_t>(sizeof(Head));
     const uint32_t start = shared_address(memory), heads = p.stream_rows * static_cast<uint32_t>(sizeof(Head));
     row = first_row = start + team * p.stream_rows * room;
     head = first_head = start + num_teams(p) * p.stream_rows * room + team * heads;
     end_head = first_head + heads;
+  }
+  // Head of the last place of the group.
+  __device__ __forceinline__ uint32_t last() const {
+    const uint32_t end = first_head + ((head - first_head) | rest_of_group);
+    return min(end, end_head - static_cast<uint32_t>(sizeof(Head)));
+  }
+  // The barrier that the group is emptied by.
+  __device__ __forceinline__ uint32_t empty() const { return last() + kEmpty; }
+  // By one row, which the group has.
+  __device__ __forceinline__ void step() {
+    head += sizeof(Head);
+    row += room;
   }
   // By no more rows than there are.
   __device__ __forceinline__ void advance(uint32_t num = 1) {
@@ -84,7 +100,7 @@ __device__ __forceinline__ void put_at(const Rows& place, const void* from, uint
 __device__ __forceinline__ void put(Rows& rows, const void* from, uint32_t bytes, float weight, uint32_t command,
                                     const void* where) {
   if (threadIdx.x % 32 == 0) {
-    await_parity(rows.head + kEmpty, rows.parity);
+    await_parity(rows.empty(), rows.parity);
     put_at(rows, from, bytes, weight, command, where);
   }
   __syncwarp();

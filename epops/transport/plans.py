@@ -69,7 +69,7 @@ class Tuning:
     apart_tokens: int = 128
     line_senders: int = 40
     combine_stream_tokens: int = 128
-    stream_senders: int = 24
+    stream_senders: int = 25
     limit_blocks: int = 0
     beside_sms: int = 64
     beside_bytes: int = 32 << 20

@@ -11,7 +11,7 @@ from epops import layout as words
 from tests.emulated import ranks as emulated
 from tests.gpu.ranks import Batch, Ranks, Shape, random_batch, slots_of
 from tests.gpu.test_virtual_all_to_all import Call, by_owner, make_ranks, run, splits_of
-from tests.gpu.test_virtual_ranks import check_rows, expected_dispatch, kernels, run_pair, sizes_for
+from tests.gpu.test_virtual_ranks import check_rows, expected_dispatch, kernels, must_stream, run_pair, sizes_for
 from tests.gpu.test_virtual_ranks import test_gradients as check_gradients
 
 LINES = dict(dispatch_line_tokens=256, combine_line_tokens=256)
@@ -60,6 +60,16 @@ def test_pairs(way: str, layout: str) -> None:
     """More tokens than warps, more rows than places."""
     shape = Shape(2, 40, 3, 6, 3, 256, 4 if layout == "expert" else 1, layout, tokens=(40, 21))
     run_pair(ranks_for(shape, way), shape, 1, repeat=2)
+
+
+@pytest.mark.parametrize("rows", [4, 9, 14])
+def test_rings_of_any_length(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Places that consumers give back by one, two and four, of which the last group has fewer."""
+    given = must_stream(monkeypatch)
+    monkeypatch.setattr(kernels.room, "STREAM_ROWS", rows)
+    shape = Shape(2, 40, 5, 6, 3, 256, 4, tokens=(40, 21))
+    run_pair(ranks_for(shape, "streams"), shape, 1, repeat=2)
+    assert {ring for _, ring, _ in given} == {rows}
 
 
 @pytest.mark.parametrize("way", ["counts", "lines", "streams"])
