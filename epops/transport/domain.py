@@ -5,23 +5,30 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from . import kernels
 from .driver import Driver
+
+OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 
 class Place(NamedTuple):
-    """Where a rank is, as its peers see it; ``refusal`` says why it cannot take part."""
+    """Where a rank is, as its peers see it.
+
+    ``number`` is what its process calls the GPU, ``overlaps`` that torch may map a GPU which another rank calls the same, and
+    ``refusal`` why the rank cannot take part.
+    """
 
     host: str
     uuid: str
+    number: int
+    overlaps: bool
     fabric: str
-    links: tuple[str, ...]
     refusal: str
 
 
@@ -36,8 +43,9 @@ def refusal(group: Any, setting: str) -> str:
     for rank, place in enumerate(everyone):
         if place.refusal:
             return f"rank {rank}: {place.refusal}"
-    if setting == "1":
-        return ""
+    taken_for_one = _taken_for_one(everyone)
+    if taken_for_one or setting == "1":
+        return taken_for_one
     missing = [
         f"no NVLink to rank {peer} on {place.host}"
         for peer, place in enumerate(everyone)
@@ -46,6 +54,27 @@ def refusal(group: Any, setting: str) -> str:
     found: list[Any] = [None] * group.size
     dist.all_gather_object(found, missing[0] if missing else "", group=group.control)
     return next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text), "")
+
+
+def _taken_for_one(everyone: list[Place]) -> str:
+    """Which ranks' GPUs torch's symmetric memory would refuse: it tells them apart by host and number alone."""
+    if all(place.overlaps for place in everyone):
+        return ""
+    first: dict[tuple[str, int], int] = {}
+    for rank, place in enumerate(everyone):
+        other = first.setdefault((place.host, place.number), rank)
+        if other == rank:
+            continue
+        if everyone[other].uuid == place.uuid:
+            return (
+                f"ranks {other} and {rank} share a GPU of {place.host}, whose memory torch maps for both only with "
+                f"{OVERLAP}=1 on every rank"
+            )
+        return (
+            f"ranks {other} and {rank} of {place.host} both call their GPU cuda:{place.number} (by CUDA_VISIBLE_DEVICES), and "
+            f"torch's symmetric memory takes the two for one; let every process see all GPUs, or set {OVERLAP}=1 on every rank"
+        )
+    return ""
 
 
 def _linked(mine: Place, theirs: Place) -> bool:
@@ -64,26 +93,33 @@ def _linked(mine: Place, theirs: Place) -> bool:
 
 
 def _my_place(group: Any, setting: str) -> Place:
+    from . import kernels  # there where the extension was built
+
     device = torch.cuda.get_device_properties(group.device)
-    uuid = str(getattr(device, "uuid", ""))
-    host = socket.gethostname()
+    index = torch.cuda.current_device() if group.device.index is None else group.device.index
+    place = Place(
+        socket.gethostname(),
+        str(getattr(device, "uuid", "")),
+        index,
+        os.environ.get(OVERLAP) == "1",
+        fabric="",
+        refusal="",
+    )
     if setting not in ("", "0", "1"):
-        return Place(host, uuid, "", (), f"EPOPS_NVLINK: expected 0 or 1, got {setting!r}")
+        return place._replace(refusal=f"EPOPS_NVLINK: expected 0 or 1, got {setting!r}")
     if setting == "0":
-        return Place(host, uuid, "", (), "EPOPS_NVLINK=0 forbids it")
+        return place._replace(refusal="EPOPS_NVLINK=0 forbids it")
     if group.size > kernels.MAX_RANKS:
-        return Place(host, uuid, "", (), f"it serves at most {kernels.MAX_RANKS} ranks, and the group has {group.size}")
+        return place._replace(refusal=f"it serves at most {kernels.MAX_RANKS} ranks, and the group has {group.size}")
     arch = f"{device.major}{device.minor}"
     built = kernels.ARCHS
     if not any(name.rstrip("af") == arch for name in built):
-        return Place(
-            host, uuid, "", (), f"the kernels are built for sm_{', sm_'.join(built)}, and this GPU is sm_{arch}"
-        )
+        return place._replace(refusal=f"the kernels are built for sm_{', sm_'.join(built)}, and this GPU is sm_{arch}")
     try:
         driver = Driver()
     except OSError as error:
-        return Place(host, uuid, "", (), "" if setting == "1" else f"the driver cannot be asked for links ({error})")
+        return place if setting == "1" else place._replace(refusal=f"the driver cannot be asked for links ({error})")
     try:
-        return Place(host, uuid, driver.fabric(uuid), (), "")
+        return place._replace(fabric=driver.fabric(place.uuid))
     finally:
         driver.close()

@@ -1,8 +1,7 @@
 """Transport nvlink, one process a GPU: the public ops, gradients, CUDA graphs, ranks that stall and ranks that die.
 
 Where there is one GPU, ``EPOPS_TESTS_SHARE_GPU=1`` puts both processes on it: they have it by turns, some milliseconds each, which
-is slow and shows no overlap, but the kernels, the mapped memory and the timeouts are those of two GPUs.  NCCL takes no two ranks on
-one GPU, so what needs it is skipped there.
+is slow and shows no overlap, but the kernels, the mapped memory and the timeouts are those of two GPUs.
 """
 
 from __future__ import annotations
