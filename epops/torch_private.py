@@ -240,6 +240,10 @@ def symmetric_empty(num_bytes: int, device: torch.device) -> torch.Tensor:
     return _symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
+# With "1", torch maps memory of GPUs that it takes for one: it tells the ranks' GPUs apart by host and number alone.
+OVERLAPPING_GPUS = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+
+
 def symmetric_addresses(tensor: torch.Tensor, process_group: Any) -> tuple[Any, list[int]]:
     """Map the tensors that all ranks of ``process_group`` made by `symmetric_empty`: a handle to keep, and an address a rank."""
     from torch._C._distributed_c10d import _SymmetricMemory

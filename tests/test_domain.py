@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from epops import transport
+from epops.torch_private import OVERLAPPING_GPUS
 from epops.transport import domain
 from epops.transport.domain import Place
 
@@ -31,8 +32,8 @@ def refusals(monkeypatch: pytest.MonkeyPatch, places: list[Place], setting: str 
     return reasons
 
 
-def place(host: str, uuid: str, index: int, overlaps: bool = False, refusal: str = "") -> Place:
-    return Place(host, uuid, index, overlaps, "", refusal)
+def place(host: str, uuid: str, number: int, overlaps: bool = False, refusal: str = "") -> Place:
+    return Place(host, uuid, number, overlaps, "", refusal)
 
 
 def test_gpus_of_their_own_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +45,7 @@ def test_gpus_of_their_own_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_that_two_ranks_share_is_refused(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     places = [place("a", "0", 0), place("a", "1", 1), place("a", "1", 1)]
     for reason in refusals(monkeypatch, places, setting):
-        assert reason.startswith("ranks 1 and 2 share a GPU of a") and f"{domain.OVERLAP}=1 on every rank" in reason
+        assert reason.startswith("ranks 1 and 2 share a GPU of a") and f"{OVERLAPPING_GPUS}=1 on every rank" in reason
     assert refusals(monkeypatch, [one._replace(overlaps=True) for one in places], setting) == [""] * 3
 
 
@@ -53,7 +54,7 @@ def test_gpus_of_one_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     places = [place("a", "0", 0), place("b", "1", 0), place("b", "2", 0)]
     for reason in refusals(monkeypatch, places):
         assert reason.startswith("ranks 1 and 2 of b both call their GPU cuda:0 (by CUDA_VISIBLE_DEVICES)")
-        assert "let every process see all GPUs" in reason and f"{domain.OVERLAP}=1 on every rank" in reason
+        assert "let every process see all GPUs" in reason and f"{OVERLAPPING_GPUS}=1 on every rank" in reason
     some = [places[0], places[1]._replace(overlaps=True), places[2]]
     assert all(refusals(monkeypatch, some)), "torch asks on every rank"
 
@@ -81,7 +82,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(domain, "Driver", FakeDriver)
-    monkeypatch.delenv(domain.OVERLAP, raising=False)
+    monkeypatch.delenv(OVERLAPPING_GPUS, raising=False)
 
 
 def my_place(device: str = "cuda:1", size: int = 2, setting: str = "") -> Place:
@@ -91,7 +92,7 @@ def my_place(device: str = "cuda:1", size: int = 2, setting: str = "") -> Place:
 def test_a_rank_says_where_it_is(monkeypatch: pytest.MonkeyPatch, a_gpu: None) -> None:
     mine = my_place()
     assert mine[1:] == ("1234", 1, False, "fabric of 1234", "") and mine.host
-    monkeypatch.setenv(domain.OVERLAP, "1")
+    monkeypatch.setenv(OVERLAPPING_GPUS, "1")
     assert my_place("cuda")[2:4] == (3, True)
 
 

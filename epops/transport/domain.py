@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..torch_private import OVERLAPPING_GPUS
 from .driver import Driver
-
-OVERLAP = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 
 class Place(NamedTuple):
@@ -57,7 +56,7 @@ def refusal(group: Any, setting: str) -> str:
 
 
 def _taken_for_one(everyone: list[Place]) -> str:
-    """Which ranks' GPUs torch's symmetric memory would refuse: it tells them apart by host and number alone."""
+    """Which ranks' GPUs torch's symmetric memory would refuse (`OVERLAPPING_GPUS`)."""
     if all(place.overlaps for place in everyone):
         return ""
     first: dict[tuple[str, int], int] = {}
@@ -68,11 +67,12 @@ def _taken_for_one(everyone: list[Place]) -> str:
         if everyone[other].uuid == place.uuid:
             return (
                 f"ranks {other} and {rank} share a GPU of {place.host}, whose memory torch maps for both only with "
-                f"{OVERLAP}=1 on every rank"
+                f"{OVERLAPPING_GPUS}=1 on every rank"
             )
         return (
             f"ranks {other} and {rank} of {place.host} both call their GPU cuda:{place.number} (by CUDA_VISIBLE_DEVICES), and "
-            f"torch's symmetric memory takes the two for one; let every process see all GPUs, or set {OVERLAP}=1 on every rank"
+            "torch's symmetric memory takes the two for one; let every process see all GPUs, or set "
+            f"{OVERLAPPING_GPUS}=1 on every rank"
         )
     return ""
 
@@ -96,12 +96,12 @@ def _my_place(group: Any, setting: str) -> Place:
     from . import kernels  # there where the extension was built
 
     device = torch.cuda.get_device_properties(group.device)
-    index = torch.cuda.current_device() if group.device.index is None else group.device.index
+    number = torch.cuda.current_device() if group.device.index is None else group.device.index
     place = Place(
         socket.gethostname(),
         str(getattr(device, "uuid", "")),
-        index,
-        os.environ.get(OVERLAP) == "1",
+        number,
+        os.environ.get(OVERLAPPING_GPUS) == "1",
         fabric="",
         refusal="",
     )
